@@ -1,0 +1,1 @@
+"""moe: train, study and scale sparse Mixture-of-Experts language models in JAX."""
