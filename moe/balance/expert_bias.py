@@ -1,0 +1,80 @@
+"""Loss-free balancing: a bias per expert, added to the selection scores, moved once per optimizer step.
+
+    move_gi = sign(1/E - f_gi)  or  E (1/E - f_gi)         for each group g of the scope
+    bias_i += rate * sum_g (n_g / n) move_gi               n_g real tokens of group g;  then bias -= mean(bias) if asked
+
+One bias and one update a step, whatever the scope: the token-weighted mean of the groups' moves. The sign rule counts
+in integers, so the bias is bit-equal however the batch was cut. The bias never enters a combine weight; no gradient.
+
+State: float32 [L, E], checkpointed, the effective value (evaluation and export read the same).
+Source: Wang et al. 2024 (arXiv 2408.15664), algorithm 1; DeepSeek-V3 (arXiv 2412.19437, section 2.1.2).
+Differs from the paper: scopes other than global, the re-centring and the proportional rule are options of ours; the
+counts are those of the whole optimizer step.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from moe.balance.base import BalanceRule, State
+from moe.balance.scope import Scope, group_problems, group_size, in_order, pool, scope_problems
+from moe.balance.statistics import Statistics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertBiasConfig(BalanceRule):
+    """Loss-free expert bias."""
+
+    name: str = "expert_bias"
+    """Name in the log."""
+    rate: float = 1e-3
+    """How far the bias moves in a step."""
+    rule: Literal["sign", "proportional"] = "sign"
+    """Move by the sign of the deviation from the mean load, or by the deviation itself (in units of the mean load)."""
+    recentre: bool = False
+    """Subtract the mean after each update."""
+    scope: Scope = "global"
+    """Where the load is counted: 'global', 'sequence', or a number n of consecutive sequences."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if not self.rate > 0:
+            yield "rate", "must be greater than 0"
+        if self.coefficient != 0:
+            yield "coefficient", "must be 0: the expert bias has no loss term; `rate` is its knob"
+        yield from scope_problems("scope", self.scope)
+
+    def batch_problems(self, num_microbatches: int, batch_size: int) -> Iterator[tuple[str, str]]:
+        yield from group_problems("scope", self.scope, num_microbatches * batch_size)
+
+    def init_state(self, num_layers: int, num_experts: int) -> State:
+        return {"bias": jnp.zeros((num_layers, num_experts), jnp.float32)}
+
+    def update(self, state: State, whole: Statistics) -> State:
+        count_LXE = in_order(whole.count_BE)
+        L, X, E = count_LXE.shape
+        n = group_size(self.scope, X)
+        f_LGE = pool(count_LXE, n)
+        tokens_LG = in_order(whole.tokens_B[..., None])[..., 0].reshape(L, X // n, n).sum(axis=2)
+        total_L1 = jnp.maximum(tokens_LG.sum(axis=1), 1)[:, None].astype(jnp.float32)
+        if self.rule == "sign":
+            moves = jnp.sign(1.0 / E - f_LGE).astype(jnp.int32) * tokens_LG[..., None]
+            move_LE = moves.sum(axis=1).astype(jnp.float32) / total_L1
+        else:
+            move_LE = ((1.0 - E * f_LGE) * tokens_LG[..., None]).sum(axis=1) / total_L1
+        bias_LE = state["bias"] + self.rate * move_LE
+        if self.recentre:
+            bias_LE = bias_LE - bias_LE.mean(axis=1, keepdims=True)
+        return {"bias": bias_LE}
+
+
+def selection_bias(
+    rules: Sequence[BalanceRule], states: dict[str, State], num_layers: int, num_experts: int
+) -> jax.Array:
+    """float32 [L, E] added to the selection scores: the sum of the rules' biases, zeros if there is none."""
+    total = jnp.zeros((num_layers, num_experts), jnp.float32)
+    for rule in rules:
+        total = total + states[rule.name].get("bias", 0.0)
+    return total

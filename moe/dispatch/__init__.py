@@ -1,0 +1,17 @@
+"""Dispatchers: how assignments reach experts and come back. All agree with the dense oracle in value and gradient."""
+
+from moe.dispatch.base import DispatchConfig, Dispatcher, ExpertWeights
+from moe.dispatch.capacity import CapacityConfig
+from moe.dispatch.dense import DenseConfig
+from moe.dispatch.dropless import DroplessConfig
+from moe.dispatch.sharded import dispatch
+
+__all__ = [
+    "CapacityConfig",
+    "DenseConfig",
+    "DispatchConfig",
+    "Dispatcher",
+    "DroplessConfig",
+    "ExpertWeights",
+    "dispatch",
+]

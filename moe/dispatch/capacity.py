@@ -1,0 +1,87 @@
+"""Capacity dispatch: a fixed buffer per expert and group of tokens; what does not fit is dropped, and counted.
+
+    C = ceil(capacity_factor * R / E)         R assignments and E experts of a group; the group is one sequence
+
+The group is a sequence because the config, never the mesh, must say who competes with whom: the same tokens are dropped
+on any number of devices and at any accumulation. It is not invariant to padding or to another group, and says so: a
+longer sequence has a larger buffer. Dropped assignments add nothing to their token; the load keeps counting them, so a
+drop cannot hide an overload. Void assignments take no place.
+
+Who is dropped: `order` keeps the first in the sequence, `score` keeps the highest combine weights.
+Gradient: none to dropped assignments. Collectives: none.
+Source: Fedus et al. 2021 (arXiv 2101.03961, eq. 3); GShard (arXiv 2006.16668, algorithm 1) for the order rule.
+Differs from the paper: groups are sequences.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from moe.dispatch.base import DispatchConfig, Dispatcher, ExpertWeights, expert_mlp
+from moe.routing.base import Routing
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CapacityConfig(DispatchConfig):
+    """A fixed buffer per expert; drops are counted."""
+
+    capacity_factor: float = 1.25
+    """Buffer size as a multiple of the balanced load."""
+    keep: Literal["order", "score"] = "order"
+    """Which assignments stay when a buffer overflows: the first ones, or those with the highest weight."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if not self.capacity_factor > 0:
+            yield "capacity_factor", "must be greater than 0"
+
+    def build(self) -> Dispatcher:
+        def capacity(x_BSD: jax.Array, routing: Routing, weights: ExpertWeights) -> tuple[jax.Array, jax.Array]:
+            R = routing.expert_BR.shape[1]
+            # The group's buffer is sized by all E experts, also where this device holds only some of them.
+            size = min(R, math.ceil(self.capacity_factor * R / routing.num_experts))
+            return _capacity(x_BSD, routing, weights, size, self.keep)
+
+        return capacity
+
+
+def _capacity(
+    x_BSD: jax.Array, routing: Routing, weights: ExpertWeights, size: int, keep: str
+) -> tuple[jax.Array, jax.Array]:
+    B, S, D = x_BSD.shape
+    E = weights.gate_EDF.shape[0]
+    weight_BR = routing.weight_BR
+    priority_BR = jax.lax.stop_gradient(weight_BR) if keep == "score" else jnp.zeros_like(weight_BR)
+    slots = jax.vmap(lambda expert_R, priority_R: _fill(expert_R, priority_R, E, size))
+    assignment_BEC, dropped_B = slots(routing.expert_BR, priority_BR)
+
+    def gather(values: jax.Array) -> jax.Array:  # [B, R, ...] -> [B, E, C, ...], zeros in empty slots
+        return jax.vmap(lambda v, a: jnp.take(v, a, axis=0, mode="fill", fill_value=0))(values, assignment_BEC)
+
+    token_BEC = jnp.where(assignment_BEC < routing.token_BR.shape[1], gather(routing.token_BR), S)
+    x_BECD = jax.vmap(lambda x, t: jnp.take(x, t, axis=0, mode="fill", fill_value=0))(x_BSD, token_BEC)
+    x_ETD = x_BECD.transpose(1, 0, 2, 3).reshape(E, B * size, D)
+    y_ETD = expert_mlp(x_ETD, gather(weight_BR).transpose(1, 0, 2).reshape(E, B * size), weights)
+    y_BTD = y_ETD.reshape(E, B, size, D).transpose(1, 0, 2, 3).reshape(B, E * size, D).astype(jnp.float32)
+    zeros = jnp.zeros((S, D), jnp.float32)
+    y_BSD = jax.vmap(lambda t, y: zeros.at[t].add(y, mode="drop"))(token_BEC.reshape(B, -1), y_BTD)
+    return y_BSD.astype(x_BSD.dtype), dropped_B
+
+
+def _fill(expert_R: jax.Array, priority_R: jax.Array, num_experts: int, size: int) -> tuple[jax.Array, jax.Array]:
+    """Assignments in every expert's buffer [E, C] (R where empty), and how many did not fit."""
+    R = expert_R.shape[0]
+    here_R = expert_R < num_experts
+    # Sorted by expert, then by falling priority, then by order; the rank inside the expert is the slot.
+    by_priority_R = jnp.argsort(-priority_R, stable=True)
+    order_R = by_priority_R[jnp.argsort(expert_R[by_priority_R], stable=True)]
+    sorted_R = expert_R[order_R]
+    first_E = jnp.searchsorted(sorted_R, jnp.arange(num_experts + 1), side="left")
+    rank_R = jnp.arange(R) - first_E[sorted_R]
+    fits_R = (sorted_R < num_experts) & (rank_R < size)
+    slot_R = jnp.where(fits_R, sorted_R * size + rank_R, num_experts * size)
+    assignment_EC = jnp.full((num_experts * size,), R, jnp.int32).at[slot_R].set(order_R.astype(jnp.int32), mode="drop")
+    return assignment_EC.reshape(num_experts, size), (here_R.sum() - fits_R.sum()).astype(jnp.int32)

@@ -1,0 +1,94 @@
+"""Forward pass of one micro-batch and its share of the batch's loss.
+
+    loss = (1 / n) sum_t nll_t  +  sum_rules coefficient * sum_layers term
+
+with n the real targets of the WHOLE batch, known before the first micro-batch runs: the shares of the micro-batches add
+up to the loss of the batch, for every term alike, so accumulation cannot rescale one against another. Nats per token.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe import param
+from moe.balance import BalanceRule, Batch, Statistics, selection_bias
+from moe.models import Decoder
+from moe.routing.base import Context
+
+Arrays = dict[str, jax.Array]
+"""A batch: tokens, segment_ids, positions, each int32 [..., S + 1]; segment 0 is padding."""
+
+
+def real_targets(segment_ids: jax.Array) -> jax.Array:
+    """bool [..., S]: the next token is real and belongs to the same document."""
+    return (segment_ids[..., 1:] == segment_ids[..., :-1]) & (segment_ids[..., 1:] > 0)
+
+
+def token_losses(logits_BSV: jax.Array, target_BS: jax.Array) -> jax.Array:
+    """float32 [B, S] nats: -log softmax(logits)[target]."""
+    logits = logits_BSV.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, target_BS[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def forward(
+    model: Decoder, params: Any, arrays: Arrays, bias_LE: jax.Array, *, step: jax.Array, key: jax.Array,
+    first_sequence: jax.Array | int = 0, train: bool,
+) -> tuple[jax.Array, Statistics | None]:  # fmt: skip
+    """Logits of a micro-batch [B, S+1] and its statistics; `first_sequence` is its first global sequence index."""
+    B = arrays["tokens"].shape[0]
+    context = Context(
+        token_BS=arrays["tokens"][:, :-1],
+        segment_BS=arrays["segment_ids"][:, :-1],
+        position_BS=arrays["positions"][:, :-1],
+        sequence_B=first_sequence + jnp.arange(B, dtype=jnp.int32),
+        step=step,
+        key=jax.random.fold_in(key, step),
+        train=train,
+    )
+    return param.bind(model, params)(context, bias_LE)
+
+
+class Share(NamedTuple):
+    """What one micro-batch leaves behind, beside its gradient."""
+
+    lm: jax.Array
+    terms: dict[str, jax.Array]
+    """Per rule with a loss term: [L] before the coefficient."""
+    records: dict[str, Any]
+    statistics: Statistics | None
+
+
+def share_of_loss(
+    params: Any, model: Decoder, rules: tuple[BalanceRule, ...], states: dict[str, Any], carries: dict[str, Any],
+    arrays: Arrays, batch: Batch, num_targets: jax.Array, *, step: jax.Array, key: jax.Array,
+) -> tuple[jax.Array, tuple[dict[str, Any], Share]]:  # fmt: skip
+    """(this micro-batch's share of the loss, (carries for the next one, what is left behind))."""
+    bias_LE = bias_of(model, rules, states)
+    first = batch.index * arrays["tokens"].shape[0]
+    logits, stats = forward(model, params, arrays, bias_LE, step=step, key=key, first_sequence=first, train=True)
+    with jax.named_scope("loss"):
+        nll_BS = token_losses(logits, arrays["tokens"][:, 1:])
+        lm = jnp.where(real_targets(arrays["segment_ids"]), nll_BS, 0.0).sum() / num_targets
+    with jax.named_scope("balance"):
+        total, terms, records, next_carries = lm, {}, {}, {}
+        for rule in rules:
+            if stats is None:
+                raise ValueError(f"balance rule {rule.name!r} is configured, but the model returned no statistics")
+            value_L, next_carries[rule.name], records[rule.name] = rule.term(
+                stats, batch, carries[rule.name], states[rule.name]
+            )
+            if value_L is not None:
+                terms[rule.name] = value_L
+                total = total + rule.coefficient * value_L.sum()
+            elif rule.coefficient:
+                raise ValueError(f"balance rule {rule.name!r} has coefficient {rule.coefficient} but no loss term")
+    kept = jax.tree.map(jax.lax.stop_gradient, stats)
+    return total, (next_carries, Share(lm, terms, records, kept))
+
+
+def bias_of(model: Decoder, rules: tuple[BalanceRule, ...], states: dict[str, Any]) -> jax.Array:
+    """float32 [L, E] added to the selection scores of the model's MoE layers."""
+    moe = model.config.moe
+    return selection_bias(rules, states, model.config.num_moe_layers, moe.num_experts if moe is not None else 1)

@@ -1,0 +1,117 @@
+"""RunConfig: everything a training run depends on, in one frozen tree."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from moe.axes import MeshConfig
+from moe.balance.base import BalanceRule
+from moe.config import at_least
+from moe.data import DataConfig
+from moe.models import DecoderConfig
+from moe.optim import AdamWConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept."""
+
+    every: int = 200
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = 2
+    """How many of the newest to keep."""
+    keep_best: int = 1
+    """How many of those with the lowest validation bits per byte to keep."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from at_least(self, every=1, keep_last=1, keep_best=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Validation on held-out documents, domain by domain."""
+
+    every: int = 200
+    """Steps between evaluations during training; 0: only at the end."""
+    max_bytes: int = 16_384
+    """Held-out bytes per domain during training."""
+    final_max_bytes: int = 65_536
+    """Held-out bytes per domain at the end and in `launch.evaluate`."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from at_least(self, every=0, max_bytes=1024, final_max_bytes=1024)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training run."""
+
+    seed: int = 0
+    """Seed of the parameters, of the order of the data and of the routers' noise."""
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Sequences in the global batch of one optimizer step."""
+    accumulation: int = 1
+    """A, micro-batches the global batch is cut into; must divide batch_size. Changes memory, not numbers."""
+    model: DecoderConfig = DecoderConfig()
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optim: AdamWConfig = AdamWConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    profile: tuple[int, int] | None = None
+    """First and last step of a trace written to WORKDIR/profile (open it with TensorBoard or xprof)."""
+    init_from: str | None = None
+    """Workdir of another run whose parameters this one starts from; step, optimizer and data start anew."""
+    max_skipped: int = 10
+    """Updates in a row that may be skipped because loss or gradient is not finite, before the run stops."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from at_least(self, seed=0, steps=1, batch_size=1, accumulation=1, max_skipped=1)
+        if self.batch_size % self.accumulation:
+            yield "batch_size", f"must be divisible by accumulation = {self.accumulation}"
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1] <= self.steps:
+            yield "profile", f"must be first and last step, 1 <= first <= last <= steps = {self.steps}"
+        for field, limit in self.optim.schedule.run_problems(self.steps):
+            yield f"optim.schedule.{field}", limit
+        yield from self._mesh_problems()
+        for index, rule in enumerate(self.rules):
+            for field, limit in rule.batch_problems(self.accumulation, self.microbatch_size):
+                yield f"model.moe.balance.{index}.{field}", limit
+
+    def _mesh_problems(self) -> Iterator[tuple[str, str]]:
+        mesh, model = self.mesh, self.model
+        cuts = (mesh.data if mesh.data > 0 else 1) * mesh.fsdp * mesh.expert
+        if self.microbatch_size % cuts:
+            yield (
+                "batch_size",
+                f"a micro-batch of {self.microbatch_size} sequences must be divisible by data * fsdp * expert = {cuts}",
+            )
+        divisible = {
+            "model.width": mesh.fsdp,
+            "model.vocab_size": mesh.tensor,
+            "model.mlp_hidden": mesh.tensor,
+            "model.attention.num_heads": mesh.tensor,
+            "model.attention.num_kv_heads": mesh.tensor,
+        }
+        if model.moe is not None:
+            divisible |= {"model.moe.num_experts": mesh.expert, "model.moe.expert_hidden": mesh.tensor}
+            divisible |= {"model.moe.shared_hidden": mesh.tensor}
+        axis_of = {"width": "fsdp", "num_experts": "expert"}
+        for path, size in divisible.items():
+            value: object = self
+            for name in path.split("."):
+                value = getattr(value, name)
+            assert isinstance(value, int)
+            if value % size:
+                axis = axis_of.get(path.rsplit(".", 1)[1], "tensor")
+                yield path, f"must be divisible by mesh.{axis} = {size}"
+
+    @property
+    def microbatch_size(self) -> int:
+        """B, sequences in one micro-batch over all devices."""
+        return self.batch_size // self.accumulation
+
+    @property
+    def rules(self) -> tuple[BalanceRule, ...]:
+        return self.model.moe.balance if self.model.moe is not None else ()

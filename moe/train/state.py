@@ -1,0 +1,98 @@
+"""TrainState: everything a run carries from step to step, as one pytree, and where it lies on the mesh."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moe import param
+from moe.config import ConfigError
+from moe.models import Decoder
+from moe.train.run import RunConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    params: Any
+    """float32 master parameters, a nested dict."""
+    balance: dict[str, Any]
+    """State of each balance rule, by its name; the expert bias lives here."""
+    opt_state: Any
+    step: jax.Array
+    """int32 batches consumed: the data position too."""
+    key: jax.Array
+    """The run's random key; never changes, everything folds the step into it."""
+    skipped: jax.Array
+    """int32 updates skipped so far because loss or gradient was not finite."""
+    skipped_in_row: jax.Array
+    """int32 of these, how many without a good one since."""
+
+
+def make_optimizer(config: RunConfig, model: Decoder) -> optax.GradientTransformation:
+    """The optimizer for the model's parameters (abstract values will do)."""
+    decay = jax.tree.map(lambda part: len(part) > 1, _logical_axes(model), is_leaf=lambda x: isinstance(x, tuple))
+    return config.optim.build(param.pure(model), decay, config.steps)
+
+
+def init_state(config: RunConfig, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """The state at step 0."""
+    init_key, run_key = jax.random.split(key)
+    params = param.pure(config.model.build(init_key))
+    L = config.model.num_moe_layers
+    E = config.model.moe.num_experts if config.model.moe is not None else 1
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        params=params,
+        balance={rule.name: rule.init_state(L, E) for rule in config.rules},
+        opt_state=tx.init(params),
+        step=zero,
+        key=run_key,
+        skipped=zero,
+        skipped_in_row=zero,
+    )
+
+
+def state_shardings(config: RunConfig, model: Decoder, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A NamedSharding for every leaf: parameters and their moments by the table, the rest replicated."""
+    abstract = jax.eval_shape(lambda: init_state(config, tx, jax.random.key(0)))
+    params = param.shardings(model, mesh)
+    _check_divisible(abstract.params, params)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    everything = jax.tree.map(lambda _: replicated, abstract)
+    opt_state = optax.tree_utils.tree_map_params(
+        tx, lambda _, spec: spec, abstract.opt_state, params, transform_non_params=lambda _: replicated
+    )
+    return dataclasses.replace(everything, params=params, opt_state=opt_state)
+
+
+def create_state(config: RunConfig, tx: optax.GradientTransformation, shardings: TrainState) -> TrainState:
+    """The state at step 0, made in place on the mesh: no device ever holds a whole parameter it should not."""
+    return jax.jit(lambda key: init_state(config, tx, key), out_shardings=shardings)(jax.random.key(config.seed))
+
+
+def _logical_axes(model: Decoder) -> Any:
+    from flax import nnx
+
+    state = nnx.state(model, nnx.Param)
+    axes = jax.tree.map(
+        lambda v: v.get_metadata()[param.AXES_KEY], state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    )
+    return nnx.to_pure_dict(axes)
+
+
+def _check_divisible(params: Any, shardings: Any) -> None:
+    def one(path: Any, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> None:
+        try:
+            sharding.shard_shape(leaf.shape)
+        except ValueError:
+            name = ".".join(str(getattr(key, "key", key)) for key in path)
+            sizes = dict(sharding.mesh.shape)
+            raise ConfigError(
+                f"mesh = {sizes}: cannot cut parameter {name} of shape {leaf.shape} by {sharding.spec}"
+            ) from None
+
+    jax.tree_util.tree_map_with_path(one, params, shardings)

@@ -1,0 +1,158 @@
+"""One train step: a whole global batch [A, B, S+1] in, the next state and a flat dict of metrics out.
+
+    1. if a balance rule asks for it, the statistics of the whole batch, in a pass without gradient;
+    2. gradients of the A micro-batches, summed (their losses are shares of one loss, see `moe.train.loss`);
+    3. clip, optimizer, then the balance rules' own updates from the statistics of the whole batch;
+    4. if loss or gradient norm is not finite: everything but the counters stays as it was.
+
+Does not depend on how the batch is cut over devices, nor (but for `buffer`) on A. Collectives: those XLA places for the
+table in `moe.axes`, and those of `moe.dispatch.sharded`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from moe import axes
+from moe.balance import Batch, Statistics, summary
+from moe.models import Decoder
+from moe.train.loss import Arrays, Share, bias_of, forward, real_targets, share_of_loss
+from moe.train.run import RunConfig
+from moe.train.state import TrainState
+
+Metrics = dict[str, jax.Array]
+BATCH_LOGICAL = ("accumulation", "batch", "position")
+
+
+def make_step(
+    config: RunConfig, model: Decoder, tx: optax.GradientTransformation
+) -> Callable[[TrainState, Arrays], tuple[TrainState, Metrics]]:
+    """The pure step function; `model` may be abstract. Jit it, or call `jit_step`."""
+
+    def step(state: TrainState, arrays: Arrays) -> tuple[TrainState, Metrics]:
+        loss, grads, share = batch_gradient(config, model, state, arrays)
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        balance = {rule.name: rule.update(state.balance[rule.name], _need(share.statistics)) for rule in config.rules}
+        moved = (params, opt_state, balance)
+        kept = (state.params, state.opt_state, state.balance)
+        params, opt_state, balance = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept)
+        state = dataclasses.replace(
+            state,
+            params=params,
+            opt_state=opt_state,
+            balance=balance,
+            step=state.step + 1,
+            skipped=state.skipped + ~finite,
+            skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
+        )
+        return state, _metrics(config, state, loss, grad_norm, share)
+
+    return step
+
+
+def jit_step(
+    config: RunConfig, model: Decoder, tx: optax.GradientTransformation, mesh: Mesh, shardings: TrainState
+) -> Any:
+    """The compiled step for arrays on `mesh`; the old state's buffers are donated."""
+    batch = axes.sharding(mesh, BATCH_LOGICAL)
+    replicated = axes.sharding(mesh, ())
+    return jax.jit(
+        make_step(config, model, tx),
+        donate_argnums=0,
+        in_shardings=(shardings, batch),
+        out_shardings=(shardings, replicated),
+    )
+
+
+def batch_gradient(
+    config: RunConfig, model: Decoder, state: TrainState, arrays: Arrays
+) -> tuple[jax.Array, Any, Share]:
+    """Loss and gradient of the whole batch, and what its micro-batches left behind, stacked [A, ...]."""
+    A, B = arrays["tokens"].shape[:2]
+    L = config.model.num_moe_layers
+    E = config.model.moe.num_experts if config.model.moe is not None else 1
+    num_targets = jnp.maximum(real_targets(arrays["segment_ids"]).sum(), 1).astype(jnp.float32)
+    num_tokens = jnp.maximum((arrays["segment_ids"][..., :-1] > 0).sum(), 1).astype(jnp.float32)
+    before = None
+    if any(rule.needs_prepass(A, B) for rule in config.rules):
+        with jax.named_scope("prepass"):
+            before = _prepass(config, model, state, arrays)
+
+    def micro(carries: dict[str, Any], index: jax.Array, one: Arrays) -> Any:
+        batch = Batch(index, A, num_tokens, before)
+        return jax.value_and_grad(share_of_loss, has_aux=True)(
+            state.params, model, config.rules, state.balance, carries, one, batch, num_targets,
+            step=state.step, key=state.key,
+        )  # fmt: skip
+
+    carries = {rule.name: rule.init_carry(L, E) for rule in config.rules}
+    if A == 1:
+        (loss, (_, share)), grads = micro(carries, jnp.int32(0), {k: v[0] for k, v in arrays.items()})
+        return loss, grads, jax.tree.map(lambda leaf: leaf[None], share)
+
+    def body(carry: Any, scanned: Any) -> Any:
+        loss, grads, carries = carry
+        (share_loss, (carries, share)), share_grads = micro(carries, *scanned)
+        return (loss + share_loss, jax.tree.map(jnp.add, grads, share_grads), carries), share
+
+    start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params), carries)
+    (loss, grads, _), share = jax.lax.scan(body, start, (jnp.arange(A, dtype=jnp.int32), arrays))
+    return loss, grads, share
+
+
+def _prepass(config: RunConfig, model: Decoder, state: TrainState, arrays: Arrays) -> Statistics:
+    """Statistics [A, L, B, ...] of the whole batch, with the same keys, bias and masks as the main pass; no gradient."""
+    bias_LE = bias_of(model, config.rules, state.balance)
+    B = arrays["tokens"].shape[1]
+    params = jax.lax.stop_gradient(state.params)
+
+    def body(_: None, scanned: Any) -> tuple[None, Statistics]:
+        index, one = scanned
+        _, found = forward(
+            model, params, one, bias_LE, step=state.step, key=state.key, first_sequence=index * B, train=True
+        )
+        return None, _need(found)
+
+    return jax.lax.scan(body, None, (jnp.arange(arrays["tokens"].shape[0], dtype=jnp.int32), arrays))[1]
+
+
+def _metrics(config: RunConfig, state: TrainState, loss: jax.Array, grad_norm: jax.Array, share: Share) -> Metrics:
+    metrics = {
+        "loss": loss,
+        "loss/lm": share.lm.sum(),
+        "grad_norm": grad_norm,
+        "learning_rate": config.optim.schedule.build(config.optim.learning_rate, config.steps)(
+            jnp.maximum(state.step - 1 - state.skipped, 0)
+        ),
+        "skipped_total": state.skipped,
+        "skipped_in_row": state.skipped_in_row,
+    }
+    if share.statistics is not None:
+        stats = share.statistics
+        metrics |= summary(stats.count_BE.sum(axis=(0, 2)), stats.dropped_B.sum(axis=(0, 2)))
+        metrics["load/tokens"] = stats.tokens_B[:, 0].sum()
+    for rule in config.rules:
+        if rule.name in share.terms:
+            value_L = share.terms[rule.name].sum(axis=0)
+            metrics[f"balance/{rule.name}"] = value_L
+            metrics[f"loss/{rule.name}"] = rule.coefficient * value_L.sum()
+            metrics[f"weight/{rule.name}"] = jnp.float32(rule.coefficient)
+        metrics |= rule.report(share.records[rule.name], _need(share.statistics))
+        if (bias := state.balance[rule.name].get("bias")) is not None:
+            metrics[f"balance/{rule.name}/range"] = bias.max(axis=-1) - bias.min(axis=-1)
+    return metrics
+
+
+def _need(stats: Statistics | None) -> Statistics:
+    if stats is None:
+        raise ValueError("a balance rule is configured, but the model has no MoE layer to take statistics from")
+    return stats
