@@ -18,11 +18,11 @@ from moe import param
 from moe.axes import constrain
 from moe.balance.statistics import Statistics
 from moe.config import at_least, check
-from moe.layers.attention import AttentionConfig
+from moe.layers.attention import AttentionConfig, Cache
 from moe.layers.moe import MoEConfig
 from moe.layers.norm import RMSNorm
 from moe.models.block import Block
-from moe.models.layout import DENSE, MOE, layer_kinds, stacks
+from moe.models.layout import DENSE, MOE, Stack, layer_kinds, stacks
 from moe.routing.base import Context
 from moe.routing.topk import SAVED_NAME
 
@@ -33,6 +33,8 @@ _POLICIES: dict[str, Callable[..., Any]] = {
         checkpoint_policies.dots_with_no_batch_dims_saveable, _save_router
     ),
 }
+Caches = tuple[tuple[Cache, ...], ...]
+"""For every stack, for every block of its pattern: keys and values [R, B, X, M, H] and length [R] of its R repeats."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,8 +84,16 @@ class DecoderConfig:
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kind of every layer, in order."""
-        every = self.moe_every if self.moe is not None else self.num_layers + 1
-        return layer_kinds(self.num_layers, self.dense_layers, every)
+        return layer_kinds(self.num_layers, self.dense_layers, self._every)
+
+    @property
+    def layout(self) -> tuple[Stack, ...]:
+        """The layers as the model's scans: one tuple of stacks for parameters and caches alike."""
+        return stacks(self.num_layers, self.dense_layers, self._every)
+
+    @property
+    def _every(self) -> int:
+        return self.moe_every if self.moe is not None else self.num_layers + 1
 
     @property
     def num_moe_layers(self) -> int:
@@ -118,11 +128,7 @@ class Decoder(nnx.Module):
 
             return param.stack(block, jnp.stack([next(keys) for _ in range(repeats)]))
 
-        every = config.moe_every if config.moe is not None else config.num_layers + 1
-        self.stacks = nnx.List(
-            nnx.List(make(kind, stack.repeats) for kind in stack.pattern)
-            for stack in stacks(config.num_layers, config.dense_layers, every)
-        )
+        self.stacks = nnx.List(nnx.List(make(kind, stack.repeats) for kind in stack.pattern) for stack in config.layout)
         self.final_norm = RMSNorm(D)
         if not config.tie_embeddings:
             self.head = param.normal(head, (D, V), ("embed", "vocab"), config.init_std)
@@ -138,6 +144,21 @@ class Decoder(nnx.Module):
         stats = [sums for sums in collected if sums is not None]
         joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stats) if stats else None
         return self.unembed(x_BSD), joined
+
+    def decode(self, context: Context, bias_LE: jax.Array, caches: Caches) -> tuple[jax.Array, Caches]:
+        """Reads S new tokens of every sequence, which follow the cached ones: (logits float32 [B, V], caches).
+
+        The logits are those of the last position alone: what comes next. `caches` is made by
+        `moe.models.sample.init_cache`; a position beyond its length is not refused, it overwrites the last ones.
+        Equal to `__call__` on cached and new tokens together, but for dispatchers that drop.
+        """
+        x_BSD = self.embed(context.token_BS)
+        filled, first = [], 0
+        for blocks, bias, cache in zip(self.stacks, self.split_bias(bias_LE), caches, strict=True):
+            x_BSD, cache = self._run_cached(blocks, x_BSD, context, bias, first, cache)
+            filled.append(cache)
+            first += bias.shape[0]
+        return self.unembed(x_BSD[:, -1:])[:, 0], tuple(filled)
 
     def embed(self, token_BS: jax.Array) -> jax.Array:
         # The rows are gathered from a table that is whole in D: cut in D over fsdp, XLA would replicate the result.
@@ -172,6 +193,24 @@ class Decoder(nnx.Module):
         if self.config.remat != "none":
             body = jax.checkpoint(body, policy=_POLICIES[self.config.remat], prevent_cse=False)
         return jax.lax.scan(body, x_BSD, (state, bias_RE, layers))
+
+    def _run_cached(
+        self, blocks: Any, x_BSD: jax.Array, context: Context, bias_RE: jax.Array, first: int, cache: tuple[Cache, ...]
+    ) -> tuple[jax.Array, tuple[Cache, ...]]:
+        """`_run` with a cache for every block of the pattern, stacked over the repeats like its parameters."""
+        graph, state = nnx.split(blocks)
+        layers = first + jnp.arange(bias_RE.shape[0])
+
+        def body(x: jax.Array, scanned: Any) -> tuple[jax.Array, tuple[Cache, ...]]:
+            params, bias_E, layer, before = scanned
+            here = dataclasses.replace(context, key=jax.random.fold_in(context.key, layer))
+            after = []
+            for block, one in zip(nnx.merge(graph, params), before, strict=True):
+                x, one = block.decode(x, here, bias_E, one)
+                after.append(one)
+            return x, tuple(after)
+
+        return jax.lax.scan(body, x_BSD, (state, bias_RE, layers, cache))
 
     def split_bias(self, bias_LE: jax.Array) -> list[jax.Array]:
         """The rows of the bias for each stack; a stack without experts gets zeros it does not read."""

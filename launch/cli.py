@@ -1,0 +1,67 @@
+"""From a config file and the words behind it to a checked config; every mistake is one line and exit status 2."""
+
+import contextlib
+import importlib.util
+import io
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+from moe.config import ConfigError, check
+
+Config = TypeVar("Config")
+OPTIONS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+_BOX = re.compile(r"[\u2500-\u257f]+")
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns a ConfigError into `error: ...` on stderr and exit status 2."""
+    try:
+        yield
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def load_function(spec: str, default: str = "get_config") -> object:
+    """Calls `path/to/file.py[:function]`, by default `get_config`, and returns what it returns."""
+    path, _, name = spec.partition(":")
+    name = name or default
+    if not Path(path).is_file():
+        raise ConfigError(f"config = {path!r}: there is no such file")
+    module_spec = importlib.util.spec_from_file_location(f"configs.{Path(path).stem}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise ConfigError(f"config = {path!r}: is not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    functions = [key for key, value in vars(module).items() if callable(value) and not isinstance(value, type)]
+    if name not in functions:
+        raise ConfigError(f"config = {spec!r}: {path} has no function {name!r}; it has {', '.join(functions)}")
+    return getattr(module, name)()
+
+
+def override(config: Config, words: Sequence[str], prog: str) -> Config:
+    """`config` with the command line's `--dotted.path value` pairs, checked; SystemExit(2) with one line on a mistake."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            changed = tyro.cli(type(config), default=config, args=list(words), prog=prog, config=OPTIONS)
+    except SystemExit as stop:
+        if stop.code:
+            raise ConfigError(_flatten(said.getvalue())) from None
+        raise
+    check(changed)
+    return changed
+
+
+def _flatten(box: str) -> str:
+    """tyro's boxed message as one line."""
+    lines = [_BOX.sub(" ", line).strip() for line in box.splitlines()]
+    text = " ".join(line for line in lines if line)
+    text = re.split(r" Argument helptext:| For full helptext,", text)[0]
+    return re.sub(r"\s+", " ", re.sub(r"^(Unrecognized options|Value error|Missing argument) ", "", text)).strip()

@@ -1,0 +1,120 @@
+"""Packing: the documents of a domain as one stream of tokens on disk, read as windows of fixed length.
+
+A document is bos + tokens + eos. Window i of a stream covers `stream[i * S : i * S + S + 1]`: windows overlap in one
+token, so that every token but the first of the stream is the target of exactly one window.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from moe.data.documents import TextColumn, building
+from moe.data.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # part of the cache key: raise it when the same documents are packed in another way
+
+
+class Stream(NamedTuple):
+    """The documents of a domain, one behind the other."""
+
+    domain: str
+    tokens: np.ndarray  # integers [n]
+    starts: np.ndarray  # int64 [documents + 1], where each document starts; the last one is n
+    num_bytes: int  # of text in UTF-8
+
+
+class Windows(Sequence):
+    """Random access to the windows of a stream, as dicts of int32 [S + 1].
+
+    `tokens`; `segment_ids`, 1, 2, ... for the documents in the window and 0 for padding, which only the last window
+    of a stream has; `positions`, which restart at 0 at each document and at the start of the window.
+    """
+
+    def __init__(self, stream: Stream, seq_len: int):
+        self._stream = stream
+        self._seq_len = seq_len
+
+    def __len__(self) -> int:
+        return -(-(len(self._stream.tokens) - 1) // self._seq_len)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:  # type: ignore[override]
+        size = self._seq_len + 1
+        begin = index * self._seq_len
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        found = self._stream.tokens[begin : begin + size]
+        tokens = np.zeros(size, np.int32)
+        tokens[: len(found)] = found
+        first, last = np.searchsorted(self._stream.starts, (begin + 1, begin + len(found)))
+        starts = np.zeros(size, np.int32)
+        starts[self._stream.starts[first:last] - begin] = 1
+        segment_ids = np.cumsum(starts, dtype=np.int32) + 1
+        index_S = np.arange(size, dtype=np.int32)
+        positions = index_S - np.maximum.accumulate(index_S * starts)
+        segment_ids[len(found) :] = 0
+        positions[len(found) :] = 0
+        return {"tokens": tokens, "segment_ids": segment_ids, "positions": positions}
+
+
+def frame(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """bos + tokens of `text` + eos, int32."""
+    return np.concatenate(([tokenizer.bos], tokenizer.encode(text), [tokenizer.eos])).astype(np.int32)
+
+
+def pack(texts: list[str], tokenizer: Tokenizer, domain: str) -> Stream:
+    """The stream of a few documents, in memory."""
+    framed = [frame(tokenizer, text) for text in texts]
+    starts = np.cumsum([0, *map(len, framed)], dtype=np.int64)
+    return Stream(domain, np.concatenate(framed), starts, sum(len(text.encode()) for text in texts))
+
+
+def pack_to_disk(column: TextColumn, tokenizer: Tokenizer, cache: Path, documents: str, seed: int) -> list[Stream]:
+    """The streams of all domains of `column`, sorted by domain, memory-mapped from `cache`; built if not there.
+
+    The documents of a domain are shuffled once by `seed`. `documents` is the fingerprint of what `column` holds.
+    """
+    key = hashlib.sha256(f"{FORMAT} {documents} {tokenizer.fingerprint} {seed}".encode()).hexdigest()[:16]
+    folder = cache / f"tokens-{key}"
+    if not folder.is_dir():
+        with building(folder) as temporary:
+            _write(column, tokenizer, temporary, seed)
+    streams = []
+    for index, (domain, num_bytes) in enumerate(json.loads((folder / "domains.json").read_text())):
+        # Plain views: slicing a memmap costs more than building the window.
+        tokens = np.asarray(np.memmap(folder / f"{index}.tokens", _dtype(tokenizer), mode="r"))
+        starts = np.asarray(np.load(folder / f"{index}.starts.npy", mmap_mode="r"))
+        streams.append(Stream(domain, tokens, starts, num_bytes))
+    return streams
+
+
+def _write(column: TextColumn, tokenizer: Tokenizer, folder: Path, seed: int) -> None:
+    domains: list[tuple[str, int]] = []
+    for domain, members in column.domains().items():
+        # RandomState because numpy promises that its results never change; the cache key has no numpy version.
+        order = np.random.RandomState(seed).permutation(members)
+        stem = folder / str(len(domains))
+        starts, num_bytes = [0], 0
+        with stem.with_suffix(".tokens").open("wb") as file:
+            for _, text in column.read(order):
+                if not text.strip():
+                    continue
+                tokens = frame(tokenizer, text)
+                file.write(tokens.astype(_dtype(tokenizer)).tobytes())
+                starts.append(starts[-1] + len(tokens))
+                num_bytes += len(text.encode())
+        np.save(stem.with_suffix(".starts.npy"), np.array(starts, np.int64))
+        if num_bytes:
+            domains.append((domain, num_bytes))
+            logger.info("domain %r: packed %d documents into %.2f M tokens", domain, len(starts) - 1, starts[-1] / 1e6)
+    (folder / "domains.json").write_text(json.dumps(domains))
+
+
+def _dtype(tokenizer: Tokenizer) -> type[np.unsignedinteger]:
+    return np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32

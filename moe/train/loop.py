@@ -1,0 +1,232 @@
+"""The training loop: data, step, log, evaluate, save. Never reads argv, signals or the environment.
+
+The loop dispatches step n before it reads the metrics of step n - 1, so the device never waits for the host. A step's
+record is on disk before a checkpoint of that step is: a run cut off at any moment goes on from its last checkpoint with
+no step missing and none doubled.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from moe import axes
+from moe.config import ConfigError, check
+from moe.data import Corpus, TrainLoader, prepare
+from moe.plan.flops import peak_flops, train_flops_per_token
+from moe.train.checkpoint import Checkpoints, latest_step
+from moe.train.evaluate import Evaluator, mean_bits_per_byte
+from moe.train.load import load_config, load_params
+from moe.train.metrics import MetricWriter
+from moe.train.place import local_rows, place
+from moe.train.progress import Progress
+from moe.train.run import RunConfig
+from moe.train.state import TrainState, create_state, init_state, make_optimizer, state_shardings
+from moe.train.step import BATCH_LOGICAL, jit_step
+from moe.train.workdir import check_workdir, open_workdir
+
+log = logging.getLogger(__name__)
+
+
+class Outcome(NamedTuple):
+    """How a call of `train` ended."""
+
+    step: int
+    finished: bool
+    """False if `should_stop` ended it before the last step; the state is saved either way."""
+
+
+class NotFinite(RuntimeError):
+    """Too many updates in a row were skipped because loss or gradient was not finite."""
+
+
+class _Session:
+    """What stays the same from the first step to the last."""
+
+    def __init__(self, config: RunConfig, workdir: Path, record: dict[str, Any]):
+        check(config)
+        check_workdir(workdir, config)
+        self.config, self.workdir = config, workdir
+        self.corpus: Corpus = prepare(config.data)
+        if config.model.vocab_size < self.corpus.tokenizer.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size = {config.model.vocab_size}: must be at least the"
+                f" {self.corpus.tokenizer.vocab_size} tokens of data.tokenizer"
+            )
+        self.mesh = axes.make_mesh(config.mesh)
+        self.batch_sharding = axes.sharding(self.mesh, BATCH_LOGICAL)
+        self.model = config.model.abstract()
+        self.tx = make_optimizer(config, self.model)
+        with jax.set_mesh(self.mesh):
+            self.shardings = state_shardings(config, self.model, self.tx, self.mesh)
+            shape = (config.accumulation, config.microbatch_size, config.data.seq_len + 1)
+            self._check_batch(shape)
+            self.rows = local_rows(self.batch_sharding, shape, 1)
+            self.step = jit_step(config, self.model, self.tx, self.mesh, self.shardings)
+            self.evaluator = Evaluator(config, self.model, self.corpus, self.mesh)
+        if jax.process_index() == 0:
+            open_workdir(workdir, config, record | {"data_fingerprint": self.corpus.fingerprint})
+        self.checkpoints = Checkpoints(workdir, config.checkpoint)
+        self.loader = TrainLoader(
+            self.corpus,
+            accumulation=config.accumulation,
+            batch_size=config.microbatch_size,
+            rows=self.rows,
+            seed=config.seed,
+            num_threads=config.data.num_threads,
+            prefetch=config.data.prefetch,
+        )
+
+    def start(self) -> TrainState:
+        """The state to go on from: the newest checkpoint, another run's parameters, or step 0."""
+        found = self.checkpoints.latest_step()
+        if found is not None:
+            make = lambda: init_state(self.config, self.tx, jax.random.key(0))  # noqa: E731
+            state, data = self.checkpoints.restore(found, make, self.shardings)
+            self.loader.set_state(data)
+            return state
+        state = create_state(self.config, self.tx, self.shardings)
+        return self._init_from(state) if self.config.init_from is not None else state
+
+    def batch(self) -> dict[str, jax.Array]:
+        """The next global batch, on the mesh."""
+        return place(next(self.loader), self.batch_sharding, self.rows, 1, self.config.microbatch_size)
+
+    def save(self, step: int, state: TrainState, bits_per_byte: float | None) -> None:
+        self.checkpoints.save(step, state, self.loader.get_state(), bits_per_byte)
+
+    def close(self) -> None:
+        self.checkpoints.close()
+        self.loader.close()
+
+    def _check_batch(self, shape: tuple[int, ...]) -> None:
+        cuts = self.batch_sharding.num_devices // self.mesh.shape[axes.TENSOR]
+        if shape[1] % cuts:
+            raise ConfigError(
+                f"batch_size = {self.config.batch_size}: a micro-batch of {shape[1]} sequences must be divisible by the"
+                f" {cuts} devices of data * fsdp * expert"
+            )
+
+    def _init_from(self, state: TrainState) -> TrainState:
+        import dataclasses
+
+        source = Path(str(self.config.init_from))
+        other = load_config(source)
+        if lines := _shape_difference(other, self.config):
+            raise ConfigError(f"init_from = '{source}': its parameters do not fit: {lines}")
+        params, _ = load_params(source, latest_step(source), other)
+        return dataclasses.replace(state, params=jax.device_put(params, self.shardings.params))
+
+
+def train(
+    config: RunConfig,
+    workdir: Path,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    record: dict[str, Any] | None = None,
+) -> Outcome:
+    """Trains to the last step, or resumes the run in `workdir`; raises ConfigError before anything is written."""
+    session = _Session(config, workdir, record or {})
+    with jax.set_mesh(session.mesh):
+        state = session.start()
+        start = int(state.step)
+        if start:
+            log.info("resumed at step %d", start)
+        with Progress(config.steps, start) as progress, MetricWriter(workdir, resume_step=start) as writer:
+            try:
+                return _run(session, state, writer, progress, should_stop)
+            finally:
+                session.close()
+
+
+def _run(
+    session: _Session, state: TrainState, writer: MetricWriter, progress: Progress, should_stop: Callable[[], bool]
+) -> Outcome:
+    config = session.config
+    step, pending = int(state.step), None
+    recorder = _Recorder(config, writer, progress)
+    while step < config.steps:
+        profiling = config.profile is not None and config.profile[0] - 1 <= step < config.profile[1]
+        if profiling and step == config.profile[0] - 1:  # type: ignore[index]
+            jax.profiler.start_trace(str(session.workdir / "profile"))
+        begin = time.perf_counter()
+        arrays = session.batch()
+        waited = time.perf_counter() - begin
+        state, metrics = session.step(state, arrays)
+        step += 1
+        if pending is not None:
+            recorder.write(*pending)
+        pending = (step, metrics, waited, {})
+        if profiling and step == config.profile[1]:  # type: ignore[index]
+            jax.block_until_ready(state.step)
+            jax.profiler.stop_trace()
+        last, stopping = step == config.steps, should_stop()
+        bits_per_byte = None
+        if config.evaluate.every and (step % config.evaluate.every == 0 or last):
+            results = session.evaluator(state, config.evaluate.max_bytes)
+            bits_per_byte = mean_bits_per_byte(results)
+            extra = {f"eval/bits_per_byte/{name}": result.bits_per_byte for name, result in results.items()}
+            pending = (step, metrics, waited, extra | {"eval/bits_per_byte": bits_per_byte})
+        if last or stopping or step % config.checkpoint.every == 0:
+            recorder.write(*pending)
+            pending = None
+            session.save(step, state, bits_per_byte)
+        if stopping and not last:
+            progress.note(f"asked to stop: saved step {step}")
+            return Outcome(step, False)
+    return Outcome(step, True)
+
+
+class _Recorder:
+    """Reads a step's metrics from the device and writes them down, with the rates."""
+
+    def __init__(self, config: RunConfig, writer: MetricWriter, progress: Progress):
+        self._config, self._writer, self._progress = config, writer, progress
+        self._flops = train_flops_per_token(config.model, config.data.seq_len)
+        self._tokens = config.batch_size * config.data.seq_len
+        device = jax.devices()[0]
+        peak = peak_flops(device.device_kind)
+        self._peak = peak * jax.device_count() if peak is not None else None
+        self._last = time.perf_counter()
+
+    def write(self, step: int, metrics: dict[str, jax.Array], waited: float, extra: dict[str, float]) -> None:
+        values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        rates = {
+            "time/step_s": seconds,
+            "time/data_wait_s": waited,
+            "time/tokens_per_s": self._tokens / seconds,
+            "time/flops_per_s": self._tokens * self._flops / seconds,
+        }
+        if self._peak is not None:
+            rates["time/mfu"] = rates["time/flops_per_s"] / self._peak
+        values |= {"tokens": step * self._tokens} | extra | rates
+        if jax.process_index() == 0:
+            self._writer.write(step, values)
+            self._progress.update(step, values)
+        if values["skipped_in_row"] >= self._config.max_skipped:
+            raise NotFinite(
+                f"step {step}: loss or gradient was not finite in {values['skipped_in_row']} updates in a row"
+                f" (max_skipped = {self._config.max_skipped}); loss {values['loss']}, gradient norm"
+                f" {values['grad_norm']}, learning rate {values['learning_rate']}; parameters are those of the last good step"
+            )
+
+
+def _shape_difference(old: RunConfig, new: RunConfig) -> str:
+    from moe import param
+    from moe.optim.adamw import parameter_paths
+
+    def shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
+        params = param.pure(config.model.abstract())
+        names = jax.tree.leaves(parameter_paths(params))
+        return {name: leaf.shape for name, leaf in zip(names, jax.tree.leaves(params), strict=True)}
+
+    a, b = shapes(old), shapes(new)
+    wrong = [
+        f"{name} is {a.get(name)} there and {b.get(name)} here" for name in sorted(a | b) if a.get(name) != b.get(name)
+    ]
+    return "; ".join(wrong[:3])

@@ -1,0 +1,227 @@
+"""A synthetic run folder in, pictures and numbers out; the numbers are those that went in."""
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+
+from launch.report import main
+from moe.analysis.plots import expert_order, moving_average
+from moe.analysis.report import ReportError, curve, write_report
+from moe.train.metrics import MetricWriter
+
+DOMAINS = ("code", "english", "tables", "headers", "names")
+LAYERS, EXPERTS, STEPS = (1, 2, 3), 16, 600
+HELD_OUT = {"code": 1.21, "english": 1.83, "tables": 0.92, "headers": 0.74, "names": 2.35}
+
+
+def make_run(workdir: Path, steps: int = STEPS, moe: bool = True, evaluated: bool = True) -> Path:
+    """Writes what a training run leaves behind: metrics, evaluation and config."""
+    rng = np.random.default_rng(0)
+    with MetricWriter(workdir, resume_step=0) as writer:
+        for step in range(1, steps + 1):
+            writer.write(step, training_record(rng, step, moe, evaluated and step % 100 == 0))
+    (workdir / "config.json").write_text(json.dumps({"type": "configs.toy:RunConfig", "steps": steps}))
+    if evaluated:
+        (workdir / "evaluation.json").write_text(json.dumps(final_evaluation(rng, steps, moe)))
+    return workdir
+
+
+def training_record(rng: np.random.Generator, step: int, moe: bool, evaluated: bool) -> dict:
+    decay = float(np.exp(-step / 90))
+    loss = 1.45 + 4.0 * decay + 0.06 * rng.standard_normal()
+    record = {"loss": loss + 0.01, "loss/lm": loss, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens": 8192 * step}
+    record |= {"time/step_s": 0.1, "time/tokens_per_s": 81920.0 + step % 7}
+    if moe:
+        violation = np.array([0.35, 0.55, 0.8]) + 3 * decay + 0.08 * rng.random(3)
+        record |= {"load/max_violation": violation, "load/entropy": 0.99 - 0.06 * violation}
+        record |= {"load/dead": [0, 0, int(step < 60)], "load/dropped": 0.02 * violation, "loss/load_balance": 0.01}
+    if evaluated:
+        by_domain = {name: value * (1 + 2 * decay) for name, value in HELD_OUT.items()}
+        record["eval/bits_per_byte"] = float(np.mean(list(by_domain.values())))
+        record |= {f"eval/bits_per_byte/{name}": value for name, value in by_domain.items()}
+    return record
+
+
+def final_evaluation(rng: np.random.Generator, step: int, moe: bool) -> dict:
+    unigram = {"code": 4.72, "english": 4.31, "tables": 3.55, "headers": 4.95, "names": 4.12}
+    domains = {}
+    for index, (name, value) in enumerate(HELD_OUT.items()):
+        domain = {"bytes": 52_000 + index, "tokens": 13_000 + index, "nats": 0.69 * value * 52_000}
+        domain |= {"bits_per_byte": value, "unigram": unigram[name]}
+        domain |= {"gzip": 0.55 * unigram[name], "xz": 0.5 * unigram[name]}
+        if moe:
+            taste = np.array([(np.arange(EXPERTS) * 7 + layer) % EXPERTS % 5 == index for layer in LAYERS])
+            load = rng.dirichlet(np.full(EXPERTS, 6.0), len(LAYERS)) + taste * np.array([0.03, 0.1, 0.2])[:, None]
+            domain["load"] = (load / load.sum(axis=1, keepdims=True)).tolist()
+        domains[name] = domain
+    return {
+        "step": step,
+        "seed": 7,
+        "parameters": {"total": 12_345_678, "active": 3_456_789},
+        "seconds": 123.5,
+        "domains": domains,
+        "mean_bits_per_byte": float(np.mean(list(HELD_OUT.values()))),
+        "load_layers": list(LAYERS) if moe else [],
+    }
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    """Width and height from the IHDR chunk that every PNG starts with."""
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", head[16:24])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = make_run(tmp_path_factory.mktemp("run"))
+    write_report(workdir)
+    return workdir
+
+
+def test_pictures_have_the_right_size_and_the_report_shows_them_all(run: Path) -> None:
+    report = (run / "report" / "report.md").read_text()
+    sizes = {path.name: png_size(path) for path in (run / "report").glob("*.png")}
+    assert sizes["overview.png"] == (1600, 900)
+    assert (run / "report" / "overview.png").stat().st_size < 250_000
+    assert set(sizes) == {"overview.png", "baselines.png", "training.png", "load.png", "routing.png"}
+    for name, (width, height) in sizes.items():
+        assert f"]({name})" in report
+        assert width >= 1000 and height >= 500
+        assert (run / "report" / name).stat().st_size > 10_000
+
+
+def test_numbers_in_the_report_are_those_of_the_run(run: Path) -> None:
+    report = (run / "report" / "report.md").read_text()
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    for name, domain in evaluation["domains"].items():
+        numbers = [domain[key] for key in ("bits_per_byte", "unigram", "gzip", "xz")]
+        cells = [name, f"{domain['bytes']:,}", *(f"{number:.4f}" for number in numbers)]
+        assert "| " + " | ".join(cells) + " |" in report
+    assert "| **mean** |  | 1.4100 |" in report  # (1.21 + 1.83 + 0.92 + 0.74 + 2.35) / 5
+    assert "| parameters | 12,345,678 |" in report
+    assert "| active parameters a token | 3,456,789 |" in report
+    assert "| training tokens | 4,915,200 |" in report  # 600 * 8192
+
+
+def test_summary_is_flat_numbers_and_keeps_what_it_had(tmp_path: Path) -> None:
+    workdir = make_run(tmp_path, steps=100)
+    (workdir / "summary.json").write_text(json.dumps({"parameters/total": 1, "compile_s": 8.5}))
+    write_report(workdir)
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert all(isinstance(value, (int, float)) for value in summary.values())
+    assert summary["compile_s"] == 8.5
+    assert summary["parameters/total"] == 12_345_678
+    assert summary["steps"] == summary["evaluation_step"] == 100
+    assert summary["bits_per_byte/code"] == 1.21
+    load = np.array([d["load"] for d in json.loads((workdir / "evaluation.json").read_text())["domains"].values()])
+    pairs = [np.abs(load[a, 2] - load[b, 2]).sum() / 2 for a in range(5) for b in range(a)]
+    assert summary["load/domain_distance/layer_3"] == pytest.approx(np.mean(pairs))
+
+
+def test_the_same_run_gives_the_same_bytes(run: Path) -> None:
+    first = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    write_report(run)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == first
+
+
+def test_a_dense_model_gets_a_report_without_routing(tmp_path: Path) -> None:
+    workdir = make_run(tmp_path, steps=100, moe=False)
+    report = write_report(workdir).read_text()
+    assert "its model has no MoE layer" in report
+    assert {path.name for path in workdir.glob("report/*.png")} == {"overview.png", "baselines.png", "training.png"}
+    assert "nan" not in report
+
+
+def test_a_run_without_evaluation_or_config_says_so_and_drops_stale_pictures(tmp_path: Path) -> None:
+    workdir = make_run(tmp_path, steps=50)
+    write_report(workdir)
+    for name in ("evaluation.json", "config.json"):
+        (workdir / name).unlink()
+    report = write_report(workdir).read_text()
+    for sentence in ("no final evaluation", "not evaluated while it trained", "saved no `config.json`"):
+        assert sentence in report
+    assert {path.name for path in workdir.glob("report/*.png")} == {"training.png", "load.png"}
+
+
+def test_one_record_one_domain_and_a_loss_that_is_not_a_number(tmp_path: Path) -> None:
+    with MetricWriter(tmp_path, resume_step=0) as writer:
+        writer.write(1, {"loss": float("nan"), "load/max_violation": [0.5], "load/dropped": [0.0]})
+    domain = {"bytes": 10, "tokens": 5, "bits_per_byte": 2.0, "load": [[0.5, 0.25, 0.25, 0.0]]}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"domains": {"only": domain}, "load_layers": [4]}))
+    report = write_report(tmp_path).read_text()
+    assert "| only | 10 | 2 | – | – | – |" in report
+    # max violation 4 * 0.5 - 1 = 1; entropy (0.5 + 0.5 + 0.5) / 2 = 0.75 in bits of log2 4; expert 3 is dead.
+    assert "| 4 | 1 | 0.7500 | 1 | – |" in report
+    assert "| 4 | 0 (2.0), 1 (1.0), 2 (1.0) |" in report
+
+
+def test_many_layers_and_experts_fit(tmp_path: Path) -> None:
+    make_run(tmp_path, steps=20)
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    for domain in evaluation["domains"].values():
+        domain["load"] = np.random.default_rng(1).dirichlet(np.ones(72), 7).tolist()
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation | {"load_layers": list(range(7))}))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 21, "loss": 1.5}\n')  # a step that logged no load leaves its curves as they were
+    write_report(tmp_path)
+    assert png_size(tmp_path / "report" / "routing.png")[0] == 2400
+
+
+@pytest.mark.parametrize(
+    "make", [lambda d: None, lambda d: d.mkdir(), lambda d: (d.mkdir(), (d / "metrics.jsonl").touch())]
+)
+def test_the_command_answers_a_folder_without_a_run_with_one_line(make, tmp_path: Path, capsys) -> None:
+    make(tmp_path / "nothing")
+    assert main([str(tmp_path / "nothing")]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and "nothing" in said.err
+
+
+def test_the_command_says_where_the_report_is(tmp_path: Path, capsys) -> None:
+    make_run(tmp_path, steps=5, moe=False, evaluated=False)
+    assert main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'report' / 'report.md'}\n"
+
+
+def test_damaged_json_is_named(tmp_path: Path) -> None:
+    make_run(tmp_path, steps=5, moe=False, evaluated=False)
+    (tmp_path / "evaluation.json").write_text("{")
+    with pytest.raises(ReportError, match=r"evaluation\.json is not JSON"):
+        write_report(tmp_path)
+
+
+def test_drawing_leaves_matplotlib_as_it_was(tmp_path: Path) -> None:
+    before = dict(matplotlib.rcParams)
+    write_report(make_run(tmp_path, steps=5, moe=False, evaluated=False))
+    assert dict(matplotlib.rcParams) == before
+    code = "import sys, moe.analysis.report; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_expert_order_makes_a_staircase() -> None:
+    # Row 0 owns experts 1 (3.0) and 2 (2.0), row 1 owns 0 (2.5) and 3 (1.5).
+    assert expert_order(np.array([[0.5, 3.0, 2.0, 0.1], [2.5, 0.0, 1.0, 1.5]])) == [1, 2, 0, 3]
+
+
+def test_moving_average_uses_finite_values_alone() -> None:
+    np.testing.assert_array_equal(moving_average(np.array([1.0, 2.0])), [1.0, 2.0])  # a window of 1
+    values = np.ones(120)  # a window of 3
+    values[10], values[50] = np.nan, 4.0
+    smooth = moving_average(values)
+    assert smooth[10] == 1.0
+    np.testing.assert_allclose(smooth[49:52], 2.0)  # (1 + 1 + 4) / 3
+    assert smooth[0] == smooth[-1] == 1.0
+
+
+def test_a_curve_has_the_records_that_hold_its_key() -> None:
+    found = curve([{"step": 1, "a": 2.0}, {"step": 2}, {"step": 3, "a": 4.0}], "a")
+    assert found is not None and found.steps.tolist() == [1, 3] and found.values.tolist() == [2, 4]
+    assert curve([{"step": 1}], "a") is None

@@ -1,0 +1,273 @@
+"""One global batch under many cuts: the measuring half of the invariance tests.
+
+`measure` gives, for a way to cut the same tokens over devices, micro-batches, remat and padding, the language-model loss
+and every balance rule *alone*, with coefficient 1 and all other terms off, each with its gradient: the coefficients are
+traced, so one compiled program answers for all of them. `agree` is the comparison of the grid.
+"""
+
+import dataclasses
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moe import axes, param
+from moe.axes import MeshConfig
+from moe.balance import BalanceRule, ExpertBiasConfig, LoadBalanceConfig, ZLossConfig
+from moe.config import check
+from moe.dispatch import DispatchConfig, DroplessConfig
+from moe.layers.attention import AttentionConfig
+from moe.layers.moe import MoEConfig
+from moe.models import DecoderConfig
+from moe.routing.base import RouterConfig
+from moe.routing.topk import TopKConfig
+from moe.train import loss as loss_module
+from moe.train.run import RunConfig
+from moe.train.state import TrainState
+from moe.train.step import BATCH_LOGICAL, batch_gradient
+
+SEQUENCES, POSITIONS, VOCAB, EXPERTS, LAYERS = 32, 16, 264, 8, 2
+TOLERANCE = 1e-5
+LM = "lm"
+
+RULES: tuple[BalanceRule, ...] = (
+    LoadBalanceConfig(name="global"),
+    LoadBalanceConfig(name="lagged", accumulation="lagged"),
+    LoadBalanceConfig(name="buffer", accumulation="buffer"),
+    LoadBalanceConfig(name="sequence", scope="sequence"),
+    LoadBalanceConfig(name="pairs", scope=2),
+    LoadBalanceConfig(name="halves", scope=16),  # spans micro-batches whenever A > 2
+    ZLossConfig(name="z"),
+    ExpertBiasConfig(name="sign", rate=0.01),
+    ExpertBiasConfig(name="sign_sequence", rate=0.02, scope="sequence", recentre=True),
+    ExpertBiasConfig(name="sign_groups", rate=0.03, scope=16),
+    ExpertBiasConfig(name="proportional", rate=0.04, rule="proportional", scope=2),
+)
+TERMS = tuple(rule.name for rule in RULES if not isinstance(rule, ExpertBiasConfig))
+DEPENDS_ON_ACCUMULATION = ("buffer",)
+"""Declared so by its docstring: equal only at the same A."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cut:
+    """A way to compute the same step."""
+
+    mesh: tuple[tuple[str, int], ...] = ()
+    accumulation: int = 1
+    remat: str = "none"
+    padding: str = "none"
+    dispatch: DispatchConfig = DroplessConfig()
+
+    def __str__(self) -> str:
+        mesh = "x".join(f"{name}{size}" for name, size in self.mesh) or "one"
+        return f"{mesh}-A{self.accumulation}-{self.remat}-{self.padding}-{type(self.dispatch).__name__[:-6].lower()}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    values: dict[str, np.ndarray]
+    """Loss with this term alone, coefficient 1."""
+    gradients: dict[str, Any]
+    """Its gradient, a tree of parameters."""
+    terms: dict[str, np.ndarray]
+    """[L] per rule, as logged."""
+    count_LGE: np.ndarray
+    """int32 load per sequence."""
+    prob_LGE: np.ndarray
+    dropped_LG: np.ndarray
+    tokens_G: np.ndarray
+    states: dict[str, Any]
+    """Balance state after the step."""
+    reports: dict[str, np.ndarray]
+
+
+def batch(seed: int = 0, sequences: int = SEQUENCES, positions: int = POSITIONS) -> dict[str, np.ndarray]:
+    """[G, S+1] tokens in 1 to 4 documents a sequence; unequal padding; sequences of nothing but padding.
+
+    Documents speak different dialects (a narrow band of tokens each), so that the load differs between sequences. The
+    last column, which is only ever a target, is padding: so appended padding does not turn a target into an input.
+    """
+    rng = np.random.default_rng(seed)
+    shape = (sequences, positions + 1)
+    out = {name: np.zeros(shape, np.int32) for name in ("tokens", "segment_ids", "positions")}
+    for g in range(sequences):
+        if g % 16 in (5, 6):
+            continue  # a whole sequence of padding
+        at, end = 0, positions - int(rng.integers(0, positions // 2) if g % 3 else 0)
+        document = 0
+        while at < end:
+            length = min(end - at, int(rng.integers(3, positions)))
+            document += 1
+            band = int(rng.integers(0, VOCAB - 40))
+            out["tokens"][g, at : at + length] = rng.integers(band, band + 40, length)
+            out["segment_ids"][g, at : at + length] = document
+            out["positions"][g, at : at + length] = np.arange(length)
+            at += length
+    return out
+
+
+def pad_tokens(arrays: dict[str, np.ndarray], extra: int) -> dict[str, np.ndarray]:
+    """`extra` positions of padding after every sequence, with garbage for tokens."""
+    G = arrays["tokens"].shape[0]
+    garbage = np.random.default_rng(9).integers(0, VOCAB, (G, extra)).astype(np.int32)
+    zeros = np.zeros((G, extra), np.int32)
+    added = {"tokens": garbage, "segment_ids": zeros, "positions": zeros}
+    return {name: np.concatenate([value, added[name]], axis=1) for name, value in arrays.items()}
+
+
+def pad_sequences(arrays: dict[str, np.ndarray], extra: int) -> dict[str, np.ndarray]:
+    """`extra` sequences of padding after the batch, with garbage for tokens."""
+    S = arrays["tokens"].shape[1]
+    garbage = np.random.default_rng(9).integers(0, VOCAB, (extra, S)).astype(np.int32)
+    zeros = np.zeros((extra, S), np.int32)
+    added = {"tokens": garbage, "segment_ids": zeros, "positions": zeros}
+    return {name: np.concatenate([value, added[name]], axis=0) for name, value in arrays.items()}
+
+
+def padded(arrays: dict[str, np.ndarray], padding: str) -> dict[str, np.ndarray]:
+    if padding == "tokens":
+        return pad_tokens(arrays, 8)
+    return pad_sequences(arrays, arrays["tokens"].shape[0]) if padding == "sequences" else arrays
+
+
+def model_config(
+    rules: tuple[BalanceRule, ...] = RULES,
+    dispatch: DispatchConfig = DroplessConfig(),
+    remat: Any = "none",
+    **changes: Any,
+) -> DecoderConfig:
+    """2 layers of 8 experts, width 32, with a router far from uniform."""
+    router: RouterConfig = changes.pop("router", TopKConfig(init_std=0.3))
+    return DecoderConfig(
+        **{
+            "vocab_size": VOCAB,
+            "width": 32,
+            "num_layers": LAYERS,
+            "init_std": 0.1,
+            "remat": remat,
+            "attention": AttentionConfig(num_heads=4, num_kv_heads=2, head_width=8),
+            "moe": MoEConfig(num_experts=EXPERTS, expert_hidden=16, router=router, dispatch=dispatch, balance=rules),
+        }
+        | changes
+    )
+
+
+def balance_states(rules: tuple[BalanceRule, ...], seed: int = 1) -> dict[str, Any]:
+    """A state as it is in mid-run: biases that move the selection, last step's load far from uniform."""
+    rng = np.random.default_rng(seed)
+    states = {}
+    for rule in rules:
+        state = {name: np.asarray(value) for name, value in rule.init_state(LAYERS, EXPERTS).items()}
+        if "bias" in state:
+            state["bias"] = rng.normal(0, 0.02, state["bias"].shape).astype(np.float32)
+        if "load" in state:
+            state["load"] = rng.dirichlet(np.ones(EXPERTS), LAYERS).astype(np.float32)
+        states[rule.name] = state
+    return states
+
+
+def train_state(model: DecoderConfig, rules: tuple[BalanceRule, ...]) -> TrainState:
+    """What `batch_gradient` reads of a state, on the host."""
+    params = jax.device_get(param.pure(model.build(jax.random.key(0))))
+    zero = np.zeros((), np.int32)
+    return TrainState(
+        params=params, balance=balance_states(rules), opt_state=(), step=zero + 3, key=jax.random.key(1),
+        skipped=zero, skipped_in_row=zero,
+    )  # fmt: skip
+
+
+def measure(cut: Cut, rules: tuple[BalanceRule, ...] = RULES, arrays: dict[str, np.ndarray] | None = None) -> Measured:
+    arrays = padded(batch() if arrays is None else arrays, cut.padding)
+    G = arrays["tokens"].shape[0]
+    A = cut.accumulation
+    mesh_config = MeshConfig(**({"data": 1} | dict(cut.mesh)))
+    config = RunConfig(
+        batch_size=G, accumulation=A, steps=200, mesh=mesh_config, model=model_config(rules, cut.dispatch, cut.remat)
+    )
+    check(config)
+    mesh = axes.make_mesh(mesh_config, jax.devices()[: int(np.prod(list(dict(cut.mesh).values()) or [1]))])
+    model = config.model.abstract()
+    host = train_state(config.model, rules)
+    whole = NamedSharding(mesh, PartitionSpec())
+    state = jax.device_put(host, dataclasses.replace(
+        jax.tree.map(lambda _: whole, host), params=param.shardings(model, mesh)
+    ))  # fmt: skip
+    cut_arrays = {
+        name: jax.device_put(value.reshape(A, G // A, -1), axes.sharding(mesh, BATCH_LOGICAL))
+        for name, value in arrays.items()
+    }
+
+    @jax.jit
+    def program(weights: dict[str, jax.Array], state: TrainState, arrays: Any) -> Any:
+        weighted = tuple(
+            dataclasses.replace(rule, coefficient=weights[rule.name]) if rule.name in weights else rule
+            for rule in rules
+        )
+        moe = dataclasses.replace(config.model.moe, balance=weighted)
+        here = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+        plain = loss_module.token_losses
+        with mock.patch.object(loss_module, "token_losses", lambda *a: weights[LM] * plain(*a)):
+            loss, grads, share = batch_gradient(here, model, state, arrays)
+        stats = share.statistics
+        states = {rule.name: rule.update(state.balance[rule.name], stats) for rule in rules}
+        reports = {}
+        for rule in rules:
+            reports |= rule.report(share.records[rule.name], stats)
+        terms = {name: value.sum(axis=0) for name, value in share.terms.items()}
+        return loss, grads, (terms, stats, states, reports)
+
+    names = (LM, *(rule.name for rule in rules if not isinstance(rule, ExpertBiasConfig)))
+    values, gradients = {}, {}
+    with jax.set_mesh(mesh):
+        for name in names:
+            weights = {other: jnp.float32(other == name) for other in names}
+            loss, grads, rest = jax.device_get(program(weights, state, cut_arrays))
+            values[name], gradients[name] = loss, grads
+    terms, stats, states, reports = rest
+
+    def in_order(leaf: np.ndarray) -> np.ndarray:  # [A, L, B, ...] -> [L, A*B, ...], the added sequences left out
+        return np.moveaxis(leaf, 1, 0).reshape(leaf.shape[1], -1, *leaf.shape[3:])[:, :SEQUENCES]
+
+    return Measured(
+        values=values, gradients=gradients, terms=terms, states=states, reports=reports,
+        count_LGE=in_order(stats.count_BE), prob_LGE=in_order(stats.prob_BE), dropped_LG=in_order(stats.dropped_B),
+        tokens_G=in_order(stats.tokens_B)[0],
+    )  # fmt: skip
+
+
+def agree(found: Measured, expected: Measured, *, same_accumulation: bool = False) -> None:
+    """Raises AssertionError unless the two are the same step."""
+    np.testing.assert_array_equal(found.count_LGE, expected.count_LGE, "load")
+    np.testing.assert_array_equal(found.dropped_LG, expected.dropped_LG, "dropped")
+    np.testing.assert_array_equal(found.tokens_G, expected.tokens_G, "tokens")
+    for name, state in expected.states.items():
+        for key in state:
+            if name == "proportional":
+                close(found.states[name][key], state[key], f"state {name} {key}")
+            else:
+                np.testing.assert_array_equal(found.states[name][key], state[key], f"state {name} {key}")
+    for name, value in expected.values.items():
+        if name in DEPENDS_ON_ACCUMULATION and not same_accumulation:
+            continue
+        close(found.values[name], value, f"value {name}")
+        if name in expected.terms:
+            close(found.terms[name], expected.terms[name], f"term {name}")
+        close_trees(found.gradients[name], expected.gradients[name], f"gradient {name}")
+
+
+def close_trees(found: Any, expected: Any, what: str, tolerance: float = TOLERANCE) -> None:
+    """Every leaf by itself: ||a - b|| <= tolerance ||b||."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    pairs = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True)
+    for (path, a), b in pairs:
+        close(a, b, what + jax.tree_util.keystr(path), tolerance)
+
+
+def close(found: Any, expected: Any, what: str, tolerance: float = TOLERANCE) -> None:
+    a, b = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert a.shape == b.shape, f"{what}: shapes {a.shape} and {b.shape}"
+    error, size = np.linalg.norm(a - b), np.linalg.norm(b)
+    assert error <= tolerance * size, f"{what}: ||a - b|| = {error:.3g} is {error / max(size, 1e-38):.3g} of ||b||"
