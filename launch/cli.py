@@ -5,9 +5,10 @@ import importlib.util
 import io
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -38,7 +39,13 @@ def load_function(spec: str, default: str = "get_config") -> object:
     if module_spec is None or module_spec.loader is None:
         raise ConfigError(f"config = {path!r}: is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except (SyntaxError, ImportError, NameError, AttributeError, TypeError) as error:
+        where = (
+            traceback.extract_tb(error.__traceback__)[-1].lineno if not isinstance(error, SyntaxError) else error.lineno
+        )
+        raise ConfigError(f"config = {path!r}: {type(error).__name__}: {error} (line {where})") from error
     functions = [key for key, value in vars(module).items() if callable(value) and not isinstance(value, type)]
     if name not in functions:
         raise ConfigError(f"config = {spec!r}: {path} has no function {name!r}; it has {', '.join(functions)}")
@@ -46,17 +53,23 @@ def load_function(spec: str, default: str = "get_config") -> object:
 
 
 def override(config: Config, words: Sequence[str], prog: str) -> Config:
-    """`config` with the command line's `--dotted.path value` pairs, checked; SystemExit(2) with one line on a mistake."""
+    """`config` with the command line's `--dotted.path value` pairs, checked; ConfigError with one line on a mistake."""
+    changed = parse(type(config), words, prog, default=config)
+    check(changed)
+    return changed
+
+
+def parse(kind: type[Config], words: Sequence[str] | None, prog: str, default: Config | None = None) -> Config:
+    """A dataclass from the command line; ConfigError with one line where tyro would print a box."""
     said = io.StringIO()
+    given: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(said):
-            changed = tyro.cli(type(config), default=config, args=list(words), prog=prog, config=OPTIONS)
+            return tyro.cli(kind, args=words, prog=prog, config=OPTIONS, **given)
     except SystemExit as stop:
         if stop.code:
             raise ConfigError(_flatten(said.getvalue())) from None
         raise
-    check(changed)
-    return changed
 
 
 def _flatten(box: str) -> str:
@@ -64,4 +77,6 @@ def _flatten(box: str) -> str:
     lines = [_BOX.sub(" ", line).strip() for line in box.splitlines()]
     text = " ".join(line for line in lines if line)
     text = re.split(r" Argument helptext:| For full helptext,", text)[0]
-    return re.sub(r"\s+", " ", re.sub(r"^(Unrecognized options|Value error|Missing argument) ", "", text)).strip()
+    return re.sub(
+        r"\s+", " ", re.sub(r"^(Unrecognized options|Value error|Missing argument|Required options) ", "", text)
+    ).strip()

@@ -59,8 +59,8 @@ def _train(spec: str, words: list[str]) -> int:
     check_workdir(workdir, config)
     check_inputs(config.data)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("absl").setLevel(logging.WARNING)
-    logging.getLogger("orbax").setLevel(logging.WARNING)
+    for chatty in ("absl", "orbax", "jax"):  # what they warn of at every save is no news to who runs this
+        logging.getLogger(chatty).setLevel(logging.ERROR)
 
     from moe.analysis.evaluation import evaluate_run
     from moe.analysis.report import write_report

@@ -1,8 +1,8 @@
 """Logical axes -> mesh axes: the one closed table, and the one place that knows the mesh.
 
 The mesh has four axes. `data` replicates parameters and cuts the batch; `fsdp` cuts the batch and the parameters
-(ZeRO-3); `expert` cuts the batch and the experts; `tensor` cuts heads, hidden widths and the vocabulary. So the batch is
-cut over `data x fsdp x expert`, and every other choice is a row of TABLE. A name that is not in the table raises: no
+(ZeRO-3); `expert` cuts the batch and the experts; `tensor` cuts heads, hidden widths and the vocabulary. So the batch
+is cut over `data x fsdp x expert`, and every other choice is a row of TABLE. A name that is not in the table raises: no
 parameter is ever replicated because somebody misspelt an axis.
 
 Axes are `Auto`: XLA's partitioner places the collectives, except in `moe.dispatch.sharded`, which places its own.

@@ -97,7 +97,8 @@ def from_dict(data: Any) -> Any:
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(data) - known - {TYPE_KEY}):
             raise ConfigError(f"{name} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}")
-        return cls(**{key: from_dict(item) for key, item in data.items() if key != TYPE_KEY})
+        make: Any = cls
+        return make(**{key: from_dict(item) for key, item in data.items() if key != TYPE_KEY})
     if isinstance(data, list):
         return tuple(from_dict(item) for item in data)
     return data
@@ -124,5 +125,5 @@ def _leaves(data: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def _lookup(config: Any, field: str) -> Any:
     for name in field.split("."):
-        config = getattr(config, name)
+        config = config[int(name)] if isinstance(config, tuple) else getattr(config, name)
     return config

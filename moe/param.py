@@ -25,7 +25,7 @@ def declare(value: jax.Array, axes: Sequence[str | None]) -> nnx.Param:
     if value.ndim != len(axes):
         raise ValueError(f"a parameter of shape {value.shape} needs {value.ndim} logical axes, got {tuple(axes)}")
     logical.spec(axes)
-    return nnx.Param(value, **{AXES_KEY: tuple(axes)})
+    return nnx.Param(value, axes=tuple(axes))  # the keyword is AXES_KEY
 
 
 def stack(make: Callable[[jax.Array], Module], keys: jax.Array) -> Module:

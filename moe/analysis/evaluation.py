@@ -1,7 +1,6 @@
 """The final evaluation of a run, beside what compressors make of the same bytes: `evaluation.json`."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ def evaluate_run(workdir: Path, *, step: int | None = None, max_bytes: int | Non
     found = describe(workdir, config, run.step, corpus, results, limit)
     partial = workdir / f"{FILE_NAME}.partial"
     partial.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(partial, workdir / FILE_NAME)
+    partial.replace(workdir / FILE_NAME)
     return found
 
 

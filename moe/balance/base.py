@@ -23,7 +23,7 @@ State = dict[str, jax.Array]
 class Batch(NamedTuple):
     """What a rule is told about the whole batch while it looks at one micro-batch."""
 
-    index: jax.Array
+    microbatch: jax.Array
     """int32 a, the micro-batch at hand."""
     num_microbatches: int
     """A."""
@@ -58,7 +58,7 @@ class BalanceRule:
         return ()
 
     def term(self, micro: Statistics, batch: Batch, carry: Any, state: State) -> tuple[jax.Array | None, Any, Any]:
-        """(value_L before the coefficient or None, next carry, record): the record of each micro-batch goes to `report`."""
+        """(value_L before the coefficient or None, next carry, record); the records of a step go to `report`."""
         return None, carry, ()
 
     def update(self, state: State, whole: Statistics) -> State:

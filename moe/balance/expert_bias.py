@@ -4,7 +4,8 @@
     bias_i += rate * sum_g (n_g / n) move_gi               n_g real tokens of group g;  then bias -= mean(bias) if asked
 
 One bias and one update a step, whatever the scope: the token-weighted mean of the groups' moves. The sign rule counts
-in integers, so the bias is bit-equal however the batch was cut. The bias never enters a combine weight; no gradient.
+in integers, so the bias is bit-equal however the batch was cut (re-centred: up to the rounding of the mean). The bias
+never enters a combine weight; no gradient.
 
 State: float32 [L, E], checkpointed, the effective value (evaluation and export read the same).
 Source: Wang et al. 2024 (arXiv 2408.15664), algorithm 1; DeepSeek-V3 (arXiv 2412.19437, section 2.1.2).
@@ -60,11 +61,11 @@ class ExpertBiasConfig(BalanceRule):
         tokens_LG = in_order(whole.tokens_B[..., None])[..., 0].reshape(L, X // n, n).sum(axis=2)
         total_L1 = jnp.maximum(tokens_LG.sum(axis=1), 1)[:, None].astype(jnp.float32)
         if self.rule == "sign":
-            moves = jnp.sign(1.0 / E - f_LGE).astype(jnp.int32) * tokens_LG[..., None]
-            move_LE = moves.sum(axis=1).astype(jnp.float32) / total_L1
+            moves_LE = (jnp.sign(1.0 / E - f_LGE).astype(jnp.int32) * tokens_LG[..., None]).sum(axis=1)
         else:
-            move_LE = ((1.0 - E * f_LGE) * tokens_LG[..., None]).sum(axis=1) / total_L1
-        bias_LE = state["bias"] + self.rate * move_LE
+            moves_LE = ((1.0 - E * f_LGE) * tokens_LG[..., None]).sum(axis=1)
+        # Divided last: a product that feeds a sum may or may not become a fused multiply-add, which rounds differently.
+        bias_LE = state["bias"] + self.rate * moves_LE.astype(jnp.float32) / total_L1
         if self.recentre:
             bias_LE = bias_LE - bias_LE.mean(axis=1, keepdims=True)
         return {"bias": bias_LE}

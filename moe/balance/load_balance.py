@@ -9,7 +9,7 @@ For one layer, groups g of sequences (see `moe.balance.scope`), n_g real tokens 
 with S_b the probability sum of sequence b: all that is needed from the forward pass is per sequence. The loss is 1 at
 perfect balance for any K and any E. For the gradient, d loss / d z_tm = (E / n) p_tm (f_m - sum_i f_i p_ti).
 
-With `scope="global"` and A > 1 micro-batches, f over the whole batch is not known while micro-batch a is differentiated:
+With `scope="global"` and A > 1 micro-batches, f over the whole batch is not known while a micro-batch runs:
     `exact`   counts it in a pass without gradient first: one more forward. Does not depend on A or on the order.
     `buffer`  uses the counts of micro-batches 0..a: free, as in the paper, depends on A and on the order; the log
               says by how much (`balance/<name>/load_error`, mean over micro-batches of sum_i |f_used - f|).
@@ -73,7 +73,7 @@ class LoadBalanceConfig(BalanceRule):
 
     def term(self, micro: Statistics, batch: Batch, carry: Any, state: State) -> tuple[jax.Array, Any, Any]:
         count_LBE = micro.count_BE
-        L, B, E = count_LBE.shape
+        _, B, E = count_LBE.shape
         record: Any = ()
         if self.accumulation == "lagged":
             record = state["load"]
@@ -84,7 +84,7 @@ class LoadBalanceConfig(BalanceRule):
             f_LBE = record[:, None, :]
         elif self.needs_prepass(batch.num_microbatches, B):
             assert batch.statistics is not None
-            f_LBE = self._slice(batch.statistics.count_BE, batch.index)
+            f_LBE = self._slice(batch.statistics.count_BE, batch.microbatch)
         else:
             f_LBE = per_sequence_load(count_LBE, group_size(self.scope, batch.num_microbatches * B))
         f_LBE = jax.lax.stop_gradient(f_LBE)

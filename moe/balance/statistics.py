@@ -43,7 +43,7 @@ def statistics(routing: Routing, mask_BS: jax.Array, dropped_B: jax.Array) -> St
 
 
 def load(count_E: jax.Array) -> jax.Array:
-    """f = c / sum(c) over the last dimension, float32: the fraction of assignments per expert; 0 where nothing is counted."""
+    """f = c / sum(c) over the last dimension, float32: fraction of assignments per expert; 0 where none is counted."""
     total = count_E.sum(axis=-1, keepdims=True)
     return count_E.astype(jnp.float32) / jnp.maximum(total, 1).astype(jnp.float32)
 

@@ -14,24 +14,24 @@ from moe.data.tokenizer import ByteConfig, TokenizerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """`seq_len` S is the number of predicted tokens of a sequence; sequences have S + 1 tokens.
-
-    `validation_fraction` of the documents of each domain is held out (a TFDS dataset has splits of
-    its own instead). Inside a source, `domain_weights` draws domains
-    in proportion to their tokens (`size`) or all alike (`equal`); the weights of a mixture apply between its parts.
-    `shuffle_seed` orders documents before packing. The loader reads with `num_threads` and keeps up to `prefetch`
-    global steps ready; neither changes the data.
-    """
+    """Which text, which tokenizer, how long the sequences are."""
 
     source: SourceConfig = field(default_factory=StdlibConfig)
     tokenizer: TokenizerConfig = field(default_factory=ByteConfig)
     seq_len: int = 256
+    """S, predicted tokens of a sequence; sequences have S + 1 tokens."""
     cache_dir: str = "~/.cache/moe"
+    """Where prepared text and packed tokens are kept, for every run that reads the same."""
     validation_fraction: float = 0.05
+    """Share of each domain's documents that is held out (a TFDS dataset has splits of its own instead)."""
     domain_weights: Literal["size", "equal"] = "size"
+    """How the domains of one source are drawn: in proportion to their tokens, or all alike."""
     shuffle_seed: int = 0
+    """Order of the documents before they are packed."""
     num_threads: int = 2
+    """Threads that read ahead; they do not change the data."""
     prefetch: int = 16
+    """Global steps kept ready; does not change the data."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from at_least(self, seq_len=8, shuffle_seed=0, num_threads=0, prefetch=0)

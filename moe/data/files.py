@@ -25,8 +25,11 @@ class FilesConfig(SourceConfig):
     """
 
     paths: tuple[str, ...]
+    """Files, `.jsonl` or `.parquet`."""
     text_field: str = "text"
+    """Field or column that holds the text."""
     domain_field: str | None = None
+    """Field or column that names the domain; None: all documents are one domain."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not self.paths:

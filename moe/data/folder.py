@@ -21,6 +21,7 @@ class FolderConfig(SourceConfig):
     """
 
     path: str
+    """Folder of UTF-8 text files; every subfolder is a domain."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not self.path:

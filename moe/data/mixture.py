@@ -14,7 +14,9 @@ class MixtureConfig(SourceConfig):
     """
 
     parts: tuple[SourceConfig, ...]
+    """The sources."""
     weights: tuple[float, ...]
+    """Relative share of the training sequences of each part."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not self.parts:

@@ -26,10 +26,15 @@ class TfdsConfig(SourceConfig):
     """
 
     name: str
+    """TFDS name, such as `lm1b` or `c4/en:3.1.0`."""
     data_dir: str = "~/tensorflow_datasets"
+    """Where TFDS prepared it, as ArrayRecord."""
     text_field: str = "text"
+    """Feature that holds the text."""
     split_train: str = "train"
+    """Split to train on, in TFDS notation (`train[:90%]`)."""
     split_validation: str = "validation"
+    """Split that is held out."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not NAME.fullmatch(self.name):

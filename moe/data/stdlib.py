@@ -36,6 +36,7 @@ class StdlibConfig(SourceConfig):
     """
 
     domains: tuple[str, ...] = ()
+    """Which domains to use; none named: all that the installation has."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if unknown := [name for name in self.domains if name not in DOMAINS]:

@@ -63,6 +63,7 @@ class HuggingFaceConfig(TokenizerConfig):
     """A `tokenizer.json` of the Hugging Face `tokenizers` library."""
 
     path: str
+    """The `tokenizer.json`."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not self.path:
@@ -77,6 +78,7 @@ class SentencePieceConfig(TokenizerConfig):
     """A SentencePiece model file."""
 
     path: str
+    """The model file."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not self.path:

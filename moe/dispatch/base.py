@@ -26,9 +26,11 @@ def expert_mlp(x_NbD: jax.Array, weight_Nb: jax.Array, w: ExpertWeights) -> jax.
 
     The combine weight acts before the down projection: nothing of the size of the output is kept for its gradient.
     """
-    hidden = jax.nn.silu(jnp.einsum("nbd,ndf->nbf", x_NbD, w.gate_EDF)) * jnp.einsum("nbd,ndf->nbf", x_NbD, w.up_EDF)
-    hidden = hidden * weight_Nb[..., None].astype(hidden.dtype)
-    return jnp.einsum("nbf,nfd->nbd", hidden, w.down_EFD)
+    with jax.named_scope("experts"):
+        gate_NbF = jnp.einsum("nbd,ndf->nbf", x_NbD, w.gate_EDF)
+        hidden_NbF = jax.nn.silu(gate_NbF) * jnp.einsum("nbd,ndf->nbf", x_NbD, w.up_EDF)
+        hidden_NbF = hidden_NbF * weight_Nb[..., None].astype(hidden_NbF.dtype)
+        return jnp.einsum("nbf,nfd->nbd", hidden_NbF, w.down_EFD)
 
 
 class Dispatcher(Protocol):

@@ -1,5 +1,7 @@
-"""Dense dispatch: every token through every expert, weighted afterwards. The oracle: E / K times the work, nothing to go
-wrong. Exact, drops nothing. Collectives: none."""
+"""Dense dispatch: every token through every expert, weighted by 0 where it was not assigned.
+
+The oracle: E / K times the work, nothing to go wrong. Exact, drops nothing. Collectives: none.
+"""
 
 import dataclasses
 

@@ -22,10 +22,9 @@ from moe.axes import EXPERT, FSDP, TENSOR
 from moe.dispatch.base import Dispatcher, ExpertWeights
 from moe.routing.base import Routing
 
-WEIGHT_AXES = ExpertWeights(
-    ("experts", "embed", "expert_mlp"), ("experts", "embed", "expert_mlp"), ("experts", "expert_mlp", "embed")
-)
-_EMBED_DIMENSION = ExpertWeights(1, 1, 2)
+GATE_AXES = UP_AXES = ("experts", "embed", "expert_mlp")
+DOWN_AXES = ("experts", "expert_mlp", "embed")
+WEIGHT_AXES = (GATE_AXES, UP_AXES, DOWN_AXES)
 
 
 def dispatch(
@@ -36,15 +35,14 @@ def dispatch(
         return dispatcher(x_BSD, routing, weights)
     batch = axes.spec(("batch",))
     routing_spec = jax.tree.map(lambda _: batch, routing)
-    weight_spec = ExpertWeights(*(axes.spec(names) for names in WEIGHT_AXES))
+    weight_spec: Any = ExpertWeights(*(axes.spec(names) for names in WEIGHT_AXES))  # type: ignore[arg-type]
 
     def local(x: jax.Array, routing: Routing, weights: ExpertWeights) -> tuple[jax.Array, jax.Array]:
-        whole = ExpertWeights(
-            *(
-                jax.lax.all_gather(w, FSDP, axis=dim, tiled=True)
-                for w, dim in zip(weights, _EMBED_DIMENSION, strict=True)
-            )
+        gathered = (
+            jax.lax.all_gather(w, FSDP, axis=names.index("embed"), tiled=True)
+            for w, names in zip(weights, WEIGHT_AXES, strict=True)
         )
+        whole = ExpertWeights(*gathered)
         x, routing = jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, EXPERT, axis=0, tiled=True), (x, routing))
         held = weights.gate_EDF.shape[0]
         expert_BR = routing.expert_BR - jax.lax.axis_index(EXPERT) * held

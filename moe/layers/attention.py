@@ -1,7 +1,7 @@
 """Causal grouped-query attention with rotary positions, masked by segment: a token sees its own document only.
 
 Softmax in float32. A padding token (segment 0) attends to earlier padding and itself, so no row of the mask is empty.
-Source: Ainslie et al. 2023 (arXiv 2305.13245) for grouped queries; Su et al. 2021 (arXiv 2104.09864), eq. 34 for rotary.
+Source: Ainslie et al. 2023 (arXiv 2305.13245) for grouped queries; Su et al. 2021 (arXiv 2104.09864), eq. 34.
 Differs from the paper: rotary pairs dimension i with i + H/2, as Llama checkpoints do.
 """
 

@@ -18,7 +18,7 @@ from moe.balance.load_balance import LoadBalanceConfig
 from moe.balance.statistics import Statistics, statistics
 from moe.config import at_least
 from moe.dispatch import DispatchConfig, DroplessConfig, ExpertWeights, dispatch
-from moe.dispatch.sharded import WEIGHT_AXES
+from moe.dispatch.sharded import DOWN_AXES, GATE_AXES, UP_AXES
 from moe.layers.mlp import MLP
 from moe.routing.base import Context, RouterConfig
 from moe.routing.topk import TopKConfig
@@ -56,9 +56,9 @@ class MoE(nnx.Module):
         router, gate, up, down, shared = jax.random.split(key, 5)
         self.router = config.router.build(router, D, E)
         self.dispatcher = config.dispatch.build()
-        self.w_gate = param.normal(gate, (E, D, F), WEIGHT_AXES.gate_EDF, init_std)
-        self.w_up = param.normal(up, (E, D, F), WEIGHT_AXES.up_EDF, init_std)
-        self.w_down = param.normal(down, (E, F, D), WEIGHT_AXES.down_EFD, out_std)
+        self.w_gate = param.normal(gate, (E, D, F), GATE_AXES, init_std)
+        self.w_up = param.normal(up, (E, D, F), UP_AXES, init_std)
+        self.w_down = param.normal(down, (E, F, D), DOWN_AXES, out_std)
         self.shared = MLP(shared, D, config.shared_hidden, init_std, out_std) if config.shared_hidden else None
 
     def __call__(self, x_BSD: jax.Array, context: Context, bias_E: jax.Array) -> tuple[jax.Array, Statistics]:

@@ -60,7 +60,7 @@ class DecoderConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Activations and matrix products; parameters and statistics stay float32."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What a layer recomputes in the backward pass: nothing, all but matrix products, or all. Router outputs are kept."""
+    """What the backward pass recomputes: nothing, all but matrix products, or all. Router outputs are kept."""
     init_std: float = 0.02
     """Standard deviation of initial weights; output projections get init_std / sqrt(2 L)."""
 

@@ -11,7 +11,7 @@ the balance loss (with an epsilon in the denominator it can).
 
 Gradient: through `weight`, `probs` and `log_z`; the selection carries none. Collectives: none.
 Source: Shazeer et al. 2017 (arXiv 1701.06538, section 2.1) for top-k then softmax; Fedus et al. 2021 (arXiv
-2101.03961, eq. 1-2) for softmax then top-k; DeepSeek-V3 (arXiv 2412.19437, eq. 13-16) for sigmoid scores, bias and scale.
+2101.03961, eq. 1-2) for softmax then top-k; DeepSeek-V3 (arXiv 2412.19437, eq. 13-16) for sigmoid scores and bias.
 Differs from the paper: DeepSeek-V3's group-limited selection is not here. Dividing softmax scores by their sum is the
 same function as the softmax of the chosen logits; both are kept because configurations name either.
 """

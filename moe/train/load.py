@@ -11,6 +11,7 @@ from moe import config as configs
 from moe import param
 from moe.config import ConfigError
 from moe.models import Decoder
+from moe.optim.adamw import parameter_paths
 from moe.train.checkpoint import latest_step, restore_parts
 from moe.train.loss import bias_of
 from moe.train.run import RunConfig
@@ -66,3 +67,19 @@ def load_params(workdir: Path, step: int, config: RunConfig) -> tuple[dict[str, 
     placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
     found = restore_parts(workdir, step, placed)
     return jax.tree.map(jnp.asarray, found["params"]), found["balance"]
+
+
+def check_fits(workdir: Path, config: RunConfig) -> None:
+    """ConfigError unless the parameters of the run in `workdir` have the names and shapes that `config` wants."""
+
+    def shapes(one: RunConfig) -> dict[str, tuple[int, ...]]:
+        params = param.pure(one.model.abstract())
+        names = jax.tree.leaves(parameter_paths(params))
+        return {name: leaf.shape for name, leaf in zip(names, jax.tree.leaves(params), strict=True)}
+
+    there, here = shapes(load_config(workdir)), shapes(config)
+    latest_step(workdir)
+    wrong = [name for name in sorted(there | here) if there.get(name) != here.get(name)]
+    if wrong:
+        said = "; ".join(f"{name} is {there.get(name)} there and {here.get(name)} here" for name in wrong[:3])
+        raise ConfigError(f"init_from = '{workdir}': {len(wrong)} of its parameters do not fit: {said}")

@@ -5,6 +5,7 @@ record is on disk before a checkpoint of that step is: a run cut off at any mome
 no step missing and none doubled.
 """
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from moe.data import Corpus, TrainLoader, prepare
 from moe.plan.flops import peak_flops, train_flops_per_token
 from moe.train.checkpoint import Checkpoints, latest_step
 from moe.train.evaluate import Evaluator, mean_bits_per_byte
-from moe.train.load import load_config, load_params
+from moe.train.load import check_fits, load_config, load_params
 from moe.train.metrics import MetricWriter
 from moe.train.place import local_rows, place
 from moe.train.progress import Progress
@@ -50,16 +51,19 @@ class _Session:
         check(config)
         check_workdir(workdir, config)
         self.config, self.workdir = config, workdir
-        self.corpus: Corpus = prepare(config.data)
-        if config.model.vocab_size < self.corpus.tokenizer.vocab_size:
+        # Everything that can be wrong is asked before the corpus is built and before a device is touched.
+        num_tokens = config.data.tokenizer.build("data.tokenizer").vocab_size
+        if config.model.vocab_size < num_tokens:
             raise ConfigError(
-                f"model.vocab_size = {config.model.vocab_size}: must be at least the"
-                f" {self.corpus.tokenizer.vocab_size} tokens of data.tokenizer"
+                f"model.vocab_size = {config.model.vocab_size}: must be at least the {num_tokens} of data.tokenizer"
             )
-        self.mesh = axes.make_mesh(config.mesh)
-        self.batch_sharding = axes.sharding(self.mesh, BATCH_LOGICAL)
         self.model = config.model.abstract()
         self.tx = make_optimizer(config, self.model)
+        if config.init_from is not None:
+            check_fits(Path(config.init_from), config)
+        self.mesh = axes.make_mesh(config.mesh)
+        self.batch_sharding = axes.sharding(self.mesh, BATCH_LOGICAL)
+        self.corpus: Corpus = prepare(config.data)
         with jax.set_mesh(self.mesh):
             self.shardings = state_shardings(config, self.model, self.tx, self.mesh)
             shape = (config.accumulation, config.microbatch_size, config.data.seq_len + 1)
@@ -89,7 +93,11 @@ class _Session:
             self.loader.set_state(data)
             return state
         state = create_state(self.config, self.tx, self.shardings)
-        return self._init_from(state) if self.config.init_from is not None else state
+        if self.config.init_from is None:
+            return state
+        source = Path(self.config.init_from)
+        params, _ = load_params(source, latest_step(source), load_config(source))
+        return dataclasses.replace(state, params=jax.device_put(params, self.shardings.params))
 
     def batch(self) -> dict[str, jax.Array]:
         """The next global batch, on the mesh."""
@@ -109,16 +117,6 @@ class _Session:
                 f"batch_size = {self.config.batch_size}: a micro-batch of {shape[1]} sequences must be divisible by the"
                 f" {cuts} devices of data * fsdp * expert"
             )
-
-    def _init_from(self, state: TrainState) -> TrainState:
-        import dataclasses
-
-        source = Path(str(self.config.init_from))
-        other = load_config(source)
-        if lines := _shape_difference(other, self.config):
-            raise ConfigError(f"init_from = '{source}': its parameters do not fit: {lines}")
-        params, _ = load_params(source, latest_step(source), other)
-        return dataclasses.replace(state, params=jax.device_put(params, self.shardings.params))
 
 
 def train(
@@ -146,7 +144,8 @@ def _run(
     session: _Session, state: TrainState, writer: MetricWriter, progress: Progress, should_stop: Callable[[], bool]
 ) -> Outcome:
     config = session.config
-    step, pending = int(state.step), None
+    step = int(state.step)
+    pending: tuple[int, dict[str, jax.Array], float, dict[str, float]] | None = None
     recorder = _Recorder(config, writer, progress)
     while step < config.steps:
         profiling = config.profile is not None and config.profile[0] - 1 <= step < config.profile[1]
@@ -212,21 +211,6 @@ class _Recorder:
             raise NotFinite(
                 f"step {step}: loss or gradient was not finite in {values['skipped_in_row']} updates in a row"
                 f" (max_skipped = {self._config.max_skipped}); loss {values['loss']}, gradient norm"
-                f" {values['grad_norm']}, learning rate {values['learning_rate']}; parameters are those of the last good step"
+                f" {values['grad_norm']}, learning rate {values['learning_rate']}; the parameters are those of the last"
+                " good step"
             )
-
-
-def _shape_difference(old: RunConfig, new: RunConfig) -> str:
-    from moe import param
-    from moe.optim.adamw import parameter_paths
-
-    def shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
-        params = param.pure(config.model.abstract())
-        names = jax.tree.leaves(parameter_paths(params))
-        return {name: leaf.shape for name, leaf in zip(names, jax.tree.leaves(params), strict=True)}
-
-    a, b = shapes(old), shapes(new)
-    wrong = [
-        f"{name} is {a.get(name)} there and {b.get(name)} here" for name in sorted(a | b) if a.get(name) != b.get(name)
-    ]
-    return "; ".join(wrong[:3])

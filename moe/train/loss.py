@@ -66,7 +66,7 @@ def share_of_loss(
 ) -> tuple[jax.Array, tuple[dict[str, Any], Share]]:  # fmt: skip
     """(this micro-batch's share of the loss, (carries for the next one, what is left behind))."""
     bias_LE = bias_of(model, rules, states)
-    first = batch.index * arrays["tokens"].shape[0]
+    first = batch.microbatch * arrays["tokens"].shape[0]
     logits, stats = forward(model, params, arrays, bias_LE, step=step, key=key, first_sequence=first, train=True)
     with jax.named_scope("loss"):
         nll_BS = token_losses(logits, arrays["tokens"][:, 1:])

@@ -1,6 +1,7 @@
 """RunConfig: everything a training run depends on, in one frozen tree."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 from moe.axes import MeshConfig
@@ -72,6 +73,12 @@ class RunConfig:
             yield "batch_size", f"must be divisible by accumulation = {self.accumulation}"
         if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1] <= self.steps:
             yield "profile", f"must be first and last step, 1 <= first <= last <= steps = {self.steps}"
+        if self.checkpoint.keep_best and not self.evaluates_before_saving:
+            yield (
+                "checkpoint.keep_best",
+                f"is ignored, as no checkpoint is evaluated: make checkpoint.every = {self.checkpoint.every} a multiple"
+                f" of evaluate.every = {self.evaluate.every}, or leave keep_best at 0",
+            )
         for field, limit in self.optim.schedule.run_problems(self.steps):
             yield f"optim.schedule.{field}", limit
         yield from self._mesh_problems()
@@ -106,6 +113,13 @@ class RunConfig:
             if value % size:
                 axis = axis_of.get(path.rsplit(".", 1)[1], "tensor")
                 yield path, f"must be divisible by mesh.{axis} = {size}"
+
+    @property
+    def evaluates_before_saving(self) -> bool:
+        """Whether some step is both evaluated and saved."""
+        return self.evaluate.every > 0 and (
+            math.lcm(self.checkpoint.every, self.evaluate.every) <= self.steps or self.steps % self.evaluate.every == 0
+        )
 
     @property
     def microbatch_size(self) -> int:

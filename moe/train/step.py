@@ -82,7 +82,7 @@ def batch_gradient(
     E = config.model.moe.num_experts if config.model.moe is not None else 1
     num_targets = jnp.maximum(real_targets(arrays["segment_ids"]).sum(), 1).astype(jnp.float32)
     num_tokens = jnp.maximum((arrays["segment_ids"][..., :-1] > 0).sum(), 1).astype(jnp.float32)
-    before = None
+    before: Statistics | None = None
     if any(rule.needs_prepass(A, B) for rule in config.rules):
         with jax.named_scope("prepass"):
             before = _prepass(config, model, state, arrays)
@@ -110,17 +110,16 @@ def batch_gradient(
 
 
 def _prepass(config: RunConfig, model: Decoder, state: TrainState, arrays: Arrays) -> Statistics:
-    """Statistics [A, L, B, ...] of the whole batch, with the same keys, bias and masks as the main pass; no gradient."""
+    """Statistics [A, L, B, ...] of the whole batch without gradient: same keys, bias and masks as the main pass."""
     bias_LE = bias_of(model, config.rules, state.balance)
     B = arrays["tokens"].shape[1]
     params = jax.lax.stop_gradient(state.params)
 
     def body(_: None, scanned: Any) -> tuple[None, Statistics]:
         index, one = scanned
-        _, found = forward(
-            model, params, one, bias_LE, step=state.step, key=state.key, first_sequence=index * B, train=True
-        )
-        return None, _need(found)
+        first = index * B
+        found = forward(model, params, one, bias_LE, step=state.step, key=state.key, first_sequence=first, train=True)
+        return None, _need(found[1])
 
     return jax.lax.scan(body, None, (jnp.arange(arrays["tokens"].shape[0], dtype=jnp.int32), arrays))[1]
 

@@ -1,0 +1,59 @@
+"""Total and active parameters, counted on the model's own parameter tree: they cannot drift from the model.
+
+    total  = sum of the sizes of all parameters
+    active = total - experts + experts * K / E
+
+Active is what one token passes through: the K of E experts it selects, and all the rest (both embeddings, attention,
+norms, routers, shared experts, dense MLPs). Counting the input embedding as active is the convention of the model cards
+(Mixtral 12.9B); for "active without embedding" subtract `embedding`.
+"""
+
+import math
+from typing import NamedTuple
+
+from flax import nnx
+
+from moe import param
+from moe.models import DecoderConfig
+
+
+class Parameters(NamedTuple):
+    """Numbers of parameters. The five parts add up to `total`."""
+
+    total: int
+    active: int
+    """Of one token: K of E experts, everything else in full."""
+    embedding: int
+    """Token embedding and, if it is not tied, output projection."""
+    attention: int
+    mlp: int
+    """Dense MLPs and shared experts."""
+    experts: int
+    """All E experts of all layers."""
+    other: int
+    """Routers and norms."""
+
+
+# A parameter belongs to the first part one of whose logical axes (`moe.axes.TABLE`) it carries.
+_PARTS = (
+    ("experts", {"experts"}),
+    ("embedding", {"vocab"}),
+    ("attention", {"heads", "kv_heads"}),
+    ("mlp", {"mlp"}),
+)
+
+
+def count(config: DecoderConfig) -> Parameters:
+    """Parameters of the decoder of `config`, from shapes alone: no memory, no device; ConfigError if it is bad."""
+    sizes = dict.fromkeys(("embedding", "attention", "mlp", "experts", "other"), 0)
+    for _, variable in nnx.to_flat_state(nnx.state(config.abstract(), nnx.Param)):
+        axes = variable.get_metadata()[param.AXES_KEY]
+        part = next((name for name, marks in _PARTS if marks.intersection(axes)), "other")
+        sizes[part] += math.prod(variable.get_value().shape)
+    total = sum(sizes.values())
+    unused = 0
+    if config.moe is not None:
+        # Exact: every expert has the same parameters.
+        E, K = config.moe.num_experts, config.moe.router.num_selected
+        unused = sizes["experts"] // E * (E - K)
+    return Parameters(total=total, active=total - unused, **sizes)
