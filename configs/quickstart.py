@@ -18,7 +18,7 @@ from moe.train.run import CheckpointConfig, EvaluateConfig, RunConfig
 def get_config() -> RunConfig:
     return RunConfig(
         seed=0,
-        steps=600,
+        steps=500,
         batch_size=32,
         model=DecoderConfig(
             vocab_size=258,
@@ -34,9 +34,9 @@ def get_config() -> RunConfig:
                 balance=(LoadBalanceConfig(coefficient=0.01, scope="global"), ZLossConfig(coefficient=1e-4)),
             ),
         ),
-        data=DataConfig(seq_len=256, domain_weights="equal"),
+        data=DataConfig(seq_len=128, domain_weights="equal"),
         optim=AdamWConfig(learning_rate=4e-3, schedule=WarmupCosineConfig(warmup_steps=50)),
         mesh=MeshConfig(),
-        checkpoint=CheckpointConfig(every=200),
-        evaluate=EvaluateConfig(every=200),
+        checkpoint=CheckpointConfig(every=250),
+        evaluate=EvaluateConfig(every=250),
     )

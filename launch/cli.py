@@ -16,6 +16,8 @@ from moe.config import ConfigError, check
 
 Config = TypeVar("Config")
 OPTIONS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+MISTAKES = (SyntaxError, ImportError, NameError, AttributeError, TypeError)
+"""What a slip in a config file raises; anything else keeps its traceback."""
 _BOX = re.compile(r"[\u2500-\u257f]+")
 
 
@@ -41,15 +43,23 @@ def load_function(spec: str, default: str = "get_config") -> object:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-    except (SyntaxError, ImportError, NameError, AttributeError, TypeError) as error:
-        where = (
-            traceback.extract_tb(error.__traceback__)[-1].lineno if not isinstance(error, SyntaxError) else error.lineno
-        )
-        raise ConfigError(f"config = {path!r}: {type(error).__name__}: {error} (line {where})") from error
+    except MISTAKES as error:
+        raise _mistake(path, error) from error
     functions = [key for key, value in vars(module).items() if callable(value) and not isinstance(value, type)]
     if name not in functions:
         raise ConfigError(f"config = {spec!r}: {path} has no function {name!r}; it has {', '.join(functions)}")
-    return getattr(module, name)()
+    try:
+        return getattr(module, name)()
+    except MISTAKES as error:
+        raise _mistake(path, error) from error
+
+
+def _mistake(path: str, error: Exception) -> ConfigError:
+    """What is wrong in the config file, with the line in that file that led to it."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    where = f" (line {line})" if line else ""
+    return ConfigError(f"config = {path!r}: {type(error).__name__}: {error}{where}")
 
 
 def override(config: Config, words: Sequence[str], prog: str) -> Config:

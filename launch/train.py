@@ -58,7 +58,7 @@ def _train(spec: str, words: list[str]) -> int:
     config = override(base, words, f"python -m launch.train {spec}")
     check_workdir(workdir, config)
     check_inputs(config.data)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for chatty in ("absl", "orbax", "jax"):  # what they warn of at every save is no news to who runs this
         logging.getLogger(chatty).setLevel(logging.ERROR)
 

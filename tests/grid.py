@@ -1,8 +1,8 @@
 """One global batch under many cuts: the measuring half of the invariance tests.
 
-`measure` gives, for a way to cut the same tokens over devices, micro-batches, remat and padding, the language-model loss
-and every balance rule *alone*, with coefficient 1 and all other terms off, each with its gradient: the coefficients are
-traced, so one compiled program answers for all of them. `agree` is the comparison of the grid.
+`measure` gives, for a way to cut the same tokens over devices, micro-batches, remat and padding, the language-model
+loss and every balance rule *alone*, with coefficient 1 and all other terms off, each with its gradient: the
+coefficients are traced, so one compiled program answers for all of them. `agree` is the comparison of the grid.
 """
 
 import dataclasses
@@ -33,6 +33,7 @@ from moe.train.step import BATCH_LOGICAL, batch_gradient
 SEQUENCES, POSITIONS, VOCAB, EXPERTS, LAYERS = 32, 16, 264, 8, 2
 TOLERANCE = 1e-5
 LM = "lm"
+DROPLESS = DroplessConfig()
 
 RULES: tuple[BalanceRule, ...] = (
     LoadBalanceConfig(name="global"),
@@ -65,7 +66,7 @@ class Cut:
     accumulation: int = 1
     remat: str = "none"
     padding: str = "none"
-    dispatch: DispatchConfig = DroplessConfig()
+    dispatch: DispatchConfig = DROPLESS
 
     def __str__(self) -> str:
         mesh = "x".join(f"{name}{size}" for name, size in self.mesh) or "one"
@@ -141,7 +142,7 @@ def padded(arrays: dict[str, np.ndarray], padding: str) -> dict[str, np.ndarray]
 
 def model_config(
     rules: tuple[BalanceRule, ...] = RULES,
-    dispatch: DispatchConfig = DroplessConfig(),
+    dispatch: DispatchConfig = DROPLESS,
     remat: Any = "none",
     **changes: Any,
 ) -> DecoderConfig:

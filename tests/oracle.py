@@ -107,8 +107,8 @@ def expert_bias(
         chosen = expert_GSK[first : first + n][mask].reshape(-1)
         if not chosen.size:
             continue
-        f = np.bincount(chosen, minlength=E) / chosen.size
-        each = np.sign(1 / E - f) if rule == "sign" else E * (1 / E - f)
+        count = np.bincount(chosen, minlength=E)
+        each = np.sign(chosen.size - E * count) if rule == "sign" else 1 - E * count / chosen.size
         move += mask.sum() / mask_GS.sum() * each
     new = bias_E + rate * move
     return new - new.mean() if recentre else new

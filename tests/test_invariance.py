@@ -1,11 +1,12 @@
 """The same tokens give the same step, however they are cut. See `tests/grid.py` for what is compared, and how closely.
 
-Guards against: Megatron #3672 (gradient of the global balance loss 1/dp too small), MaxText `gradient_accumulation.py`
-(balance gradient divided by the tokens of a micro-batch), Megatron #7197 (counts of unequal micro-batches divided by the
-last one's tokens), Megatron #1652 / PR #2217 / PR #5047 (balance and z-loss rescaled by parallelism), MaxText sign updates
-from device-local counts and summed over micro-batches, DeepSpeed #5618 and pytorch #160285 (expert gradients times the
-expert-parallel degree), padding counted in f and P (MaxText, Levanter, AXLearn, torchtitan PR #4168), counters doubled by
-recomputation (torchtitan PR #1593, Megatron PR #1585), a router recomputed to other experts (NeMo-Automodel PR #2635).
+Guards against: Megatron #3672 (gradient of the global balance loss 1/dp too small), MaxText
+`gradient_accumulation.py` (balance gradient divided by the tokens of a micro-batch), Megatron #7197 (counts of
+unequal micro-batches divided by the last one's tokens), Megatron #1652 / PR #2217 / PR #5047 (balance and z-loss
+rescaled by parallelism), MaxText sign updates from device-local counts and summed over micro-batches, DeepSpeed #5618
+and pytorch #160285 (expert gradients times the expert-parallel degree), padding counted in f and P (MaxText,
+Levanter, AXLearn, torchtitan PR #4168), counters doubled by recomputation (torchtitan PR #1593, Megatron PR #1585), a
+router recomputed to other experts (NeMo-Automodel PR #2635).
 """
 
 import dataclasses
@@ -16,7 +17,6 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from moe.balance import Batch, ExpertBiasConfig, LoadBalanceConfig, Statistics, ZLossConfig, selection_bias

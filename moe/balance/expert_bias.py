@@ -57,18 +57,24 @@ class ExpertBiasConfig(BalanceRule):
         count_LXE = in_order(whole.count_BE)
         L, X, E = count_LXE.shape
         n = group_size(self.scope, X)
-        f_LGE = pool(count_LXE, n)
         tokens_LG = in_order(whole.tokens_B[..., None])[..., 0].reshape(L, X // n, n).sum(axis=2)
         total_L1 = jnp.maximum(tokens_LG.sum(axis=1), 1)[:, None].astype(jnp.float32)
         if self.rule == "sign":
-            moves_LE = (jnp.sign(1.0 / E - f_LGE).astype(jnp.int32) * tokens_LG[..., None]).sum(axis=1)
+            moves_LE = (_sign(count_LXE.reshape(L, X // n, n, E).sum(axis=2)) * tokens_LG[..., None]).sum(axis=1)
         else:
-            moves_LE = ((1.0 - E * f_LGE) * tokens_LG[..., None]).sum(axis=1)
+            moves_LE = ((1.0 - E * pool(count_LXE, n)) * tokens_LG[..., None]).sum(axis=1)
         # Divided last: a product that feeds a sum may or may not become a fused multiply-add, which rounds differently.
         bias_LE = state["bias"] + self.rate * moves_LE.astype(jnp.float32) / total_L1
         if self.recentre:
             bias_LE = bias_LE - bias_LE.mean(axis=1, keepdims=True)
         return {"bias": bias_LE}
+
+
+def _sign(count_LGE: jax.Array) -> jax.Array:
+    """int32 sign(mean - count) per expert, in integers: XLA may take a reciprocal, and then c / sum(c) is not 1 / E."""
+    mean_LG1, rest_LG1 = jnp.divmod(count_LGE.sum(axis=-1, keepdims=True), count_LGE.shape[-1])
+    below = (count_LGE < mean_LG1) | ((count_LGE == mean_LG1) & (rest_LG1 > 0))
+    return below.astype(jnp.int32) - (count_LGE > mean_LG1)
 
 
 def selection_bias(

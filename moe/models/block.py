@@ -5,6 +5,7 @@ from flax import nnx
 
 from moe.axes import constrain
 from moe.balance.statistics import Statistics
+from moe.config import ConfigError
 from moe.layers.attention import Attention, AttentionConfig, Cache
 from moe.layers.mlp import MLP
 from moe.layers.moe import MoE, MoEConfig
@@ -33,6 +34,9 @@ class Block(nnx.Module):
         if kind == MOE:
             assert moe is not None
             self.moe = MoE(moe, mlp_key, width, init_std, out_std)
+            if not self.moe.router.causal:
+                name = type(moe.router).__name__
+                raise ConfigError(f"model.moe.router = {name}: routes a token by later ones, which a decoder must not")
         else:
             self.mlp = MLP(mlp_key, width, mlp_hidden, init_std, out_std)
         self.kind = kind

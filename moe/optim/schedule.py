@@ -15,7 +15,7 @@ class ScheduleConfig:
     warmup_steps: int = 100
     """Steps of linear warm-up from 0."""
     final_fraction: float = 0.1
-    """Learning rate of the last step as a fraction of the peak."""
+    """Learning rate at the end of the run as a fraction of the peak; the last step is one short of it."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from at_least(self, warmup_steps=0)

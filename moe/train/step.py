@@ -36,7 +36,7 @@ def make_step(
 
     def step(state: TrainState, arrays: Arrays) -> tuple[TrainState, Metrics]:
         loss, grads, share = batch_gradient(config, model, state, arrays)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state.opt_state, state.params)

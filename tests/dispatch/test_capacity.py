@@ -1,0 +1,102 @@
+"""What a capacity limit drops, by hand.
+
+Guards against: ties kept in an undefined order (Megatron's `position` policy), padding that takes places, drops that
+are not counted (MaxText `ragged_buffer_factor`), a capacity that depends on the number of devices.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe.config import ConfigError, check
+from moe.dispatch import CapacityConfig, DenseConfig, ExpertWeights
+from moe.dispatch.capacity import _fill
+from moe.routing.base import Routing
+
+E, D = 2, 3
+
+
+def routing(experts: list[list[int]], weights: list[list[float]]) -> Routing:
+    B, S = np.shape(experts)
+    return Routing(
+        token_BR=jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S)), expert_BR=jnp.array(experts, jnp.int32),
+        weight_BR=jnp.array(weights), probs_BSE=jnp.full((B, S, E), 1 / E), log_z_BS=jnp.zeros((B, S)),
+        margin_BS=jnp.ones((B, S)), num_selected=1,
+    )  # fmt: skip
+
+
+def kept(config: CapacityConfig, r: Routing) -> tuple[list[list[int]], list[int]]:
+    """(positions with an output, dropped) of every sequence."""
+    B, S = r.expert_BR.shape
+    keys = jax.random.split(jax.random.key(0), 4)
+    w = ExpertWeights(*(jax.random.normal(k, (E, D, D)) for k in keys[:3]))
+    x = jax.random.normal(keys[3], (B, S, D))
+    y, dropped = config.build()(x, r, w)
+    dense, _ = DenseConfig().build()(x, r, w)
+    here = np.abs(np.asarray(y)).max(axis=-1) > 0
+    np.testing.assert_allclose(np.asarray(y)[here], np.asarray(dense)[here], rtol=1e-5, atol=1e-6)
+    return [np.flatnonzero(row).tolist() for row in here], dropped.tolist()
+
+
+EXPERTS = [[0, 0, 0, 1, 0, 1], [1, 1, 1, 1, 1, 1], [0, 1, 0, 1, 0, 1]]
+WEIGHTS = [[0.1, 0.5, 0.3, 0.2, 0.9, 0.8], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.5] * 6]
+
+
+def test_order_keeps_the_first_of_each_sequence() -> None:
+    # R = 6, E = 2, factor 2/3: C = 2.
+    found = kept(CapacityConfig(capacity_factor=2 / 3), routing(EXPERTS, WEIGHTS))
+    assert found == ([[0, 1, 3, 5], [0, 1], [0, 1, 2, 3]], [2, 4, 2])
+
+
+def test_score_keeps_the_highest_weights_and_ties_go_to_the_first() -> None:
+    found = kept(CapacityConfig(capacity_factor=2 / 3, keep="score"), routing(EXPERTS, WEIGHTS))
+    assert found == ([[1, 3, 4, 5], [4, 5], [0, 1, 2, 3]], [2, 4, 2])
+
+
+@pytest.mark.parametrize("keep", ["order", "score"])
+def test_void_assignments_take_no_place_and_are_not_dropped(keep: Any) -> None:
+    experts = [[E, E, 0, E, 0, 0], [E] * 6]
+    found = kept(
+        CapacityConfig(capacity_factor=2 / 3, keep=keep), routing(experts, [[0.9, 0.9, 0.5, 0.9, 0.5, 0.5], [0.9] * 6])
+    )
+    assert found == ([[2, 4], []], [1, 0])
+
+
+def test_the_buffer_is_rounded_up_and_never_larger_than_the_assignments() -> None:
+    # factor 0.4: ceil(0.4 * 6 / 2) = 2, as above; factor 0.3: ceil(0.9) = 1; a huge factor keeps all.
+    assert kept(CapacityConfig(capacity_factor=0.4), routing(EXPERTS, WEIGHTS))[1] == [2, 4, 2]
+    assert kept(CapacityConfig(capacity_factor=0.3), routing(EXPERTS, WEIGHTS))[1] == [4, 5, 4]
+    assert kept(CapacityConfig(capacity_factor=1e6), routing(EXPERTS, WEIGHTS))[1] == [0, 0, 0]
+
+
+def test_sequences_do_not_compete() -> None:
+    for rows in ([0, 1, 2], [2, 0], [1]):
+        found = kept(
+            CapacityConfig(capacity_factor=2 / 3), routing([EXPERTS[r] for r in rows], [WEIGHTS[r] for r in rows])
+        )
+        assert found[1] == [[2, 4, 2][r] for r in rows]
+
+
+def test_dropped_assignments_carry_no_gradient() -> None:
+    r = routing(EXPERTS, WEIGHTS)
+    w = ExpertWeights(*(jax.random.normal(k, (E, D, D)) for k in jax.random.split(jax.random.key(0), 3)))
+
+    def value(x: jax.Array) -> jax.Array:
+        return CapacityConfig(capacity_factor=2 / 3).build()(x, r, w)[0].sum()
+
+    moved = np.abs(np.asarray(jax.grad(value)(jax.random.normal(jax.random.key(1), (3, 6, D))))).max(axis=-1) > 0
+    assert [np.flatnonzero(row).tolist() for row in moved] == [[0, 1, 3, 5], [0, 1], [0, 1, 2, 3]]
+
+
+def test_slots_are_filled_by_expert_then_rank() -> None:
+    slots, dropped = _fill(jnp.array([1, 0, 1, 2, 1, 0]), jnp.zeros(6), 2, 2)
+    np.testing.assert_array_equal(slots, [[1, 5], [0, 2]])
+    assert int(dropped) == 1  # assignment 4; assignment 3 names no expert
+
+
+def test_a_capacity_factor_of_zero_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"capacity_factor = 0: must be greater than 0"):
+        check(CapacityConfig(capacity_factor=0))

@@ -1,0 +1,163 @@
+"""Attention against a loop over sequences, heads and positions."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe import param
+from moe.config import ConfigError, check
+from moe.layers.attention import Attention, AttentionConfig, Cache, rotate
+
+B, S, D = 2, 9, 12
+CONFIG = AttentionConfig(num_heads=4, num_kv_heads=2, head_width=6, rope_theta=100.0)
+SEGMENT = np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 2, 2, 2, 2, 2, 3, 3, 3]], np.int32)
+POSITION = np.array([[0, 1, 2, 3, 0, 1, 2, 0, 1], [0, 0, 1, 2, 3, 4, 0, 1, 2]], np.int32)
+ONE_DOCUMENT = np.broadcast_to(np.arange(S, dtype=np.int32), (B, S))
+
+
+def attention(config: AttentionConfig = CONFIG) -> Attention:
+    return Attention(config, jax.random.key(0), D, 0.6, 0.6)
+
+
+def run(module: Attention, x: np.ndarray, position: np.ndarray = POSITION, segment: np.ndarray = SEGMENT) -> jax.Array:
+    return _run(*nnx.split(module), x, position, segment)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(graph: Any, state: Any, x: jax.Array, position: jax.Array, segment: jax.Array) -> jax.Array:
+    return nnx.merge(graph, state)(x, position, segment)
+
+
+def inputs(seed: int = 0, shape: tuple[int, ...] = (B, S, D)) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def turned(x_H: np.ndarray, position: int, theta: float) -> np.ndarray:
+    """Rotary by complex numbers: dimension i is the real and i + H/2 the imaginary part."""
+    half = len(x_H) // 2
+    angle = position * theta ** (-np.arange(half) / half)
+    pair = (x_H[:half] + 1j * x_H[half:]) * np.exp(1j * angle)
+    return np.concatenate([pair.real, pair.imag])
+
+
+def by_loop(module: Attention, x: np.ndarray, position: np.ndarray, segment: np.ndarray) -> np.ndarray:
+    config, w = module.config, {name: np.asarray(v, np.float64) for name, v in param.pure(module).items()}
+    N, M, H = config.num_heads, config.num_kv_heads, config.head_width
+    out = np.zeros(x.shape)
+    for b in range(x.shape[0]):
+        for n in range(N):
+            m = n // (N // M)  # neighbouring query heads share a key-value head
+            query, key, value = x[b] @ w["w_query"][:, n], x[b] @ w["w_key"][:, m], x[b] @ w["w_value"][:, m]
+            for s in range(x.shape[1]):
+                seen = [t for t in range(s + 1) if segment[b, t] == segment[b, s]]
+                q = turned(query[s], position[b, s], config.rope_theta)
+                scores = np.array([q @ turned(key[t], position[b, t], config.rope_theta) for t in seen]) / np.sqrt(H)
+                share = np.exp(scores - scores.max())
+                out[b, s] += (share / share.sum()) @ value[seen] @ w["w_out"][n]
+    return out
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+def test_it_equals_a_loop_over_heads_and_positions(num_kv_heads: int) -> None:
+    module = attention(dataclasses.replace(CONFIG, num_kv_heads=num_kv_heads))
+    x = inputs()
+    found = run(module, x)
+    np.testing.assert_allclose(found, by_loop(module, x, POSITION, SEGMENT), rtol=1e-4, atol=1e-5)
+
+
+def test_a_query_head_reads_the_key_value_head_of_its_group() -> None:
+    # Only key-value head 1 holds a value, so heads 0 and 1 (group 0) put out nothing.
+    module = attention()
+    params = param.pure(module)
+    value = params["w_value"].at[:, 0].set(0.0)
+    for head, silent in ((0, True), (1, True), (2, False), (3, False)):
+        only = jnp.zeros_like(params["w_out"]).at[head].set(params["w_out"][head])
+        y = run(param.bind(module, params | {"w_value": value, "w_out": only}), inputs())
+        assert bool((y == 0).all()) == silent, head
+
+
+def test_no_token_sees_another_document_or_a_later_token() -> None:
+    module, x = attention(), inputs()
+    before = np.asarray(run(module, x))
+    for b in range(B):
+        for t in range(S):
+            other = x.copy()
+            other[b, t] += 1.0
+            after = np.asarray(run(module, other))
+            moved = (after != before).any(axis=-1)
+            expected = np.zeros((B, S), bool)
+            expected[b] = (SEGMENT[b] == SEGMENT[b, t]) & (np.arange(S) >= t)
+            np.testing.assert_array_equal(moved, expected, err_msg=f"sequence {b}, token {t}")
+
+
+def test_padding_is_finite_in_value_and_gradient() -> None:
+    module, x, empty = attention(), jnp.asarray(inputs()), np.zeros((B, S), np.int32)
+    grad = jax.grad(lambda x: run(module, x, segment=empty).sum())(x)
+    assert bool(jnp.isfinite(run(module, x, segment=empty)).all() and jnp.isfinite(grad).all())
+
+
+def test_rotary_scores_depend_on_the_difference_of_positions_only() -> None:
+    x = jnp.asarray(inputs(1, (1, 2, 3, 8)))  # a query and a key, three heads
+
+    def scores(query_position: int, key_position: int) -> np.ndarray:
+        y = rotate(x, jnp.array([[query_position, key_position]]), 10_000.0)
+        return np.asarray(jnp.einsum("nh,nh->n", y[0, 0], y[0, 1]))
+
+    for difference in (0, 1, 5):
+        for shift in (1, 17, 100):
+            expected = scores(difference, 0)
+            np.testing.assert_allclose(scores(difference + shift, shift), expected, rtol=1e-4, atol=1e-4)
+    assert not np.allclose(scores(1, 0), scores(5, 0), rtol=1e-2)
+    assert not np.allclose(scores(1, 0), scores(0, 1), rtol=1e-2)  # the direction counts
+
+
+def test_rotary_keeps_lengths_and_position_zero() -> None:
+    x = jnp.asarray(inputs(2, (1, 4, 2, 8)))
+    np.testing.assert_array_equal(rotate(x, jnp.zeros((1, 4), jnp.int32), 100.0), x)
+    y = rotate(x, jnp.arange(4)[None], 100.0)
+    np.testing.assert_allclose(np.linalg.norm(y, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-5)
+    by_hand = [turned(np.asarray(x[0, 3, 1]), 3, 100.0)]
+    np.testing.assert_allclose(y[0, 3, 1:], by_hand, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pieces", [(9,), (1,) * 9, (4, 1, 1, 3), (2, 7)])
+def test_decoding_in_pieces_equals_the_whole(pieces: tuple[int, ...]) -> None:
+    module, x = attention(), jnp.asarray(inputs())
+    whole = run(module, x, ONE_DOCUMENT, np.ones((B, S), np.int32))
+    empty = jnp.zeros((B, S + 2, CONFIG.num_kv_heads, CONFIG.head_width))  # room for more than there is
+    cache, first, found = Cache(empty, empty, jnp.int32(0)), 0, []
+    for size in pieces:
+        here = slice(first, first + size)
+        y, cache = module.decode(x[:, here], jnp.asarray(ONE_DOCUMENT[:, here]), cache)
+        found.append(y)
+        first += size
+    np.testing.assert_allclose(jnp.concatenate(found, axis=1), whole, rtol=1e-5, atol=1e-5)
+    assert int(cache.length) == S
+
+
+def test_the_dtype_is_kept() -> None:
+    module, x = attention(), jnp.asarray(inputs())
+    low = run(module, x.astype(jnp.bfloat16))
+    assert low.dtype == jnp.bfloat16
+    high = run(module, x)
+    np.testing.assert_allclose(low.astype(jnp.float32), high, atol=0.05 * float(jnp.abs(high).max()))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (AttentionConfig(num_heads=4, num_kv_heads=3), "num_kv_heads = 3: must divide num_heads = 4"),
+        (AttentionConfig(head_width=5), "head_width = 5: must be even"),
+        (AttentionConfig(rope_theta=0.0), "rope_theta = 0.0: must be greater than 0"),
+        (AttentionConfig(num_heads=0), "num_heads = 0: must be at least 1"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused(config: AttentionConfig, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{said}$"):
+        check(config)
