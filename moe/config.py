@@ -120,7 +120,11 @@ def _leaves(data: Any, path: str) -> Iterator[tuple[str, Any]]:
         for index, item in enumerate(data):
             yield from _leaves(item, f"{path}.{index}")
     else:
-        yield path, tuple(data) if isinstance(data, list) else data
+        yield path, _tuples(data)
+
+
+def _tuples(data: Any) -> Any:
+    return tuple(_tuples(item) for item in data) if isinstance(data, list) else data
 
 
 def _lookup(config: Any, field: str) -> Any:

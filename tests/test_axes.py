@@ -7,11 +7,11 @@ not cut (DeepSpeed #7156), ranks that hold the same experts (DeepSpeed #6589).
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from moe import axes, param
 from moe.axes import MeshConfig
-from moe.config import ConfigError
+from moe.config import ConfigError, check
 from moe.train.run import RunConfig
 from moe.train.state import create_state, make_optimizer, state_shardings
 from tests import grid
@@ -32,6 +32,21 @@ def test_a_mesh_axis_may_cut_one_dimension_only() -> None:
 def test_specs_follow_the_table() -> None:
     assert axes.spec(("batch", "position", None)) == PartitionSpec(("data", "fsdp", "expert"), None, None)
     assert axes.spec(("experts", "embed", "expert_mlp")) == PartitionSpec("expert", "fsdp", "tensor")
+    assert axes.spec(()) == PartitionSpec()
+    batch = ("data", "fsdp", "expert")
+    golden = {
+        "batch": batch, "position": None, "embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor",
+        "head_width": None, "mlp": "tensor", "experts": "expert", "expert_mlp": "tensor", "router_experts": None,
+        "norm": None, "accumulation": None,
+    }  # fmt: skip
+    assert golden == axes.TABLE
+    assert {name: axes.spec((name,)) for name in golden} == {name: PartitionSpec(to) for name, to in golden.items()}
+
+
+def test_an_unknown_axis_is_answered_with_every_name_of_the_table() -> None:
+    with pytest.raises(KeyError) as caught:
+        axes.spec((None, "embd"))
+    assert all(name in str(caught.value) for name in axes.TABLE)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
@@ -49,9 +64,45 @@ def test_sizes_that_do_not_factor_the_devices_are_answered_with_those_that_do() 
         MeshConfig(data=2).sizes(8)
 
 
-def test_without_a_mesh_constrain_is_the_identity() -> None:
+@pytest.mark.parametrize(
+    ("config", "devices", "legal"),
+    [
+        (MeshConfig(data=4, tensor=4), 8, "1, 2, 4, 8"),
+        (MeshConfig(data=1), 8, "1, 2, 4, 8"),  # devices would be left over
+        (MeshConfig(fsdp=4), 6, "1, 2, 3, 6"),
+        (MeshConfig(fsdp=2), 1, "1"),
+    ],
+)
+def test_a_refused_mesh_names_what_was_asked_and_what_is_legal(config: MeshConfig, devices: int, legal: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.sizes(devices)
+    asked = f"(data={config.data}, fsdp={config.fsdp}, expert={config.expert}, tensor={config.tensor})"
+    assert asked in str(caught.value) and str(caught.value).endswith(f"each axis can be one of {legal}")
+
+
+@pytest.mark.parametrize("field", ["data", "fsdp", "expert", "tensor"])
+@pytest.mark.parametrize("value", [0, -2])
+def test_a_size_below_one_is_refused(field: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=rf"^mesh\.{field} = {value}: must be at least 1$"):
+        check(MeshConfig(**{field: value}), "mesh")
+
+
+def test_a_mesh_has_every_axis_and_neighbours_in_tensor() -> None:
+    mesh = axes.make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+    assert mesh.axis_names == ("data", "fsdp", "expert", "tensor") and mesh.devices.shape == (1, 2, 2, 2)
+    assert [device.id for device in mesh.devices[0, 0, 0]] == [device.id for device in jax.devices()[:2]]
+    assert all(kind == AxisType.Auto for kind in mesh.axis_types)
+
+
+def test_without_a_mesh_constrain_is_the_identity_and_with_one_it_states_the_table() -> None:
     x = jnp.ones((2, 3))
     assert axes.constrain(x, "batch", None) is x and not axes.mesh_in_use()
+    mesh = axes.make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+    with jax.set_mesh(mesh):
+        assert axes.mesh_in_use()
+        laid = jax.jit(lambda x: axes.constrain(x, "batch", "vocab"))(jnp.ones((8, 8)))
+    assert laid.sharding.is_equivalent_to(axes.sharding(mesh, ("batch", "vocab")), 2)
+    assert {shard.data.shape for shard in laid.addressable_shards} == {(2, 4)}
 
 
 def cut(shape: tuple[int, ...], axes_of: tuple[str | None, ...], sizes: dict[str, int]) -> tuple[int, ...]:

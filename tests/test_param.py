@@ -1,5 +1,7 @@
 """Parameters: declared once, float32, with axes that exist; modules as trees of arrays and back."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from moe import param
+from configs import debug
+from moe import axes, param
+from moe.axes import MeshConfig
 
 
 class Pair(nnx.Module):
@@ -21,6 +25,11 @@ def test_axes_must_fit_the_shape_and_exist() -> None:
         param.declare(jnp.ones((2, 3)), ("embed",))
     with pytest.raises(KeyError, match=r"logical axis 'embde'"):
         param.declare(jnp.ones((2, 3)), ("embde", None))
+
+
+def test_a_clash_of_mesh_axes_is_found_when_the_parameter_is_declared() -> None:
+    with pytest.raises(ValueError, match="'tensor' on two dimensions"):
+        param.declare(jnp.ones((2, 3)), ("heads", "mlp"))
 
 
 def test_initial_values_are_float32_truncated_at_three_deviations() -> None:
@@ -55,3 +64,40 @@ def test_stacked_modules_have_a_layer_dimension_that_is_not_cut() -> None:
         np.testing.assert_array_equal(stacked.w[...][layer], Pair(keys[layer]).w[...])
     assert param.specs(stacked) == {"w": PartitionSpec(None, "fsdp", "tensor"), "scale": PartitionSpec(None, None)}
     assert param.specs(Pair(keys[0])) == {"w": PartitionSpec("fsdp", "tensor"), "scale": PartitionSpec(None)}
+
+
+UNTIED = dataclasses.replace(debug.get_config().model, tie_embeddings=False)  # d | m m, with a shared expert
+MESH = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
+# V = 264, D = 32, N = 4, M = 2, H = 8, E = 8, F = 32 (experts, shared) or 64 (dense); shards by hand.
+ATTENTION = {"w_query": (16, 2, 8), "w_key": (16, 1, 8), "w_value": (16, 1, 8), "w_out": (2, 8, 16)}
+EVERY_LAYER = {f"attention.{name}": shape for name, shape in ATTENTION.items()}
+EVERY_LAYER |= {"attention_norm.scale": (32,), "mlp_norm.scale": (32,)}
+DENSE_LAYER = {"mlp.w_gate": (16, 32), "mlp.w_up": (16, 32), "mlp.w_down": (32, 16)}
+MOE_LAYER = {"w_gate": (4, 16, 16), "w_up": (4, 16, 16), "w_down": (4, 16, 16), "router.w_router": (16, 8)}
+MOE_LAYER |= {f"shared.{name}": (16, 16) for name in ("w_gate", "w_up", "w_down")}
+SHARDS = {"embedding": (132, 16), "head": (16, 132), "final_norm.scale": (32,)}
+SHARDS |= {f"stacks.0.0.{name}": (1, *shape) for name, shape in (EVERY_LAYER | DENSE_LAYER).items()}
+SHARDS |= {f"stacks.1.0.{name}": (2, *shape) for name, shape in EVERY_LAYER.items()}
+SHARDS |= {f"stacks.1.0.moe.{name}": (2, *shape) for name, shape in MOE_LAYER.items()}
+
+
+def test_shards_on_eight_devices_have_the_shapes_of_the_table_and_hold_the_same_numbers() -> None:
+    mesh, model = axes.make_mesh(MESH), UNTIED.abstract()
+
+    def make(key: jax.Array) -> dict:
+        return param.pure(UNTIED.build(key))
+
+    params = jax.jit(make, out_shardings=param.shardings(model, mesh))(jax.random.key(0))
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    found = {".".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+    assert {name: {shard.data.shape for shard in leaf.addressable_shards} for name, leaf in found.items()} == {
+        name: {shape} for name, shape in SHARDS.items()
+    }
+    assert len(found) == len(jax.tree.leaves(nnx.state(model)))  # there is no state that is not a parameter
+    # Experts lie on the devices of their own part of the expert axis, in order.
+    for shard in found["stacks.1.0.moe.w_gate"].addressable_shards:
+        _, fsdp, expert, tensor = (int(i[0]) for i in np.nonzero(mesh.devices == shard.device))
+        assert tuple(index.start or 0 for index in shard.index) == (0, 4 * expert, 16 * fsdp, 16 * tensor)
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.device_get(params), jax.device_get(jax.jit(make)(jax.random.key(0)))
+    )

@@ -55,7 +55,7 @@ def write(folder: Path, text: str) -> str:
         (["--init-from", "runs/a"], ["init_from: None -> 'runs/a'"]),
         (
             ["--optim.lr-scale", "router", "0.5", "norm", "0"],
-            ["optim.lr_scale: () -> (['router', 0.5], ['norm', 0.0])"],
+            ["optim.lr_scale: () -> (('router', 0.5), ('norm', 0.0))"],
         ),
     ],
     ids=" ".join,

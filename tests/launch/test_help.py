@@ -1,0 +1,120 @@
+"""`--help` explains every field of every config there is, and every type of config survives saving."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs import debug, folder, quickstart
+from launch.cli import parse
+from moe import config as configs
+from moe.balance import BalanceRule
+from moe.data import (
+    ByteConfig,
+    DataConfig,
+    FilesConfig,
+    FolderConfig,
+    HuggingFaceConfig,
+    MixtureConfig,
+    SentencePieceConfig,
+    SourceConfig,
+    StdlibConfig,
+    TfdsConfig,
+    TokenizerConfig,
+)
+from moe.dispatch import CapacityConfig, DenseConfig, DispatchConfig
+from moe.optim import ScheduleConfig, WarmupStableDecayConfig
+from moe.routing.base import RouterConfig
+from moe.train.run import RunConfig
+
+BASES = (BalanceRule, DispatchConfig, RouterConfig, ScheduleConfig, SourceConfig, TokenizerConfig)
+
+
+def alternatives() -> dict[str, RunConfig]:
+    """RunConfigs that together hold every type of config there is."""
+    base = debug.get_config()
+
+    def with_data(source: SourceConfig, tokenizer: TokenizerConfig) -> RunConfig:
+        return dataclasses.replace(base, data=DataConfig(source=source, tokenizer=tokenizer))
+
+    def with_moe(**changes: Any) -> RunConfig:
+        assert base.model.moe is not None
+        moe = dataclasses.replace(base.model.moe, **changes)
+        return dataclasses.replace(base, model=dataclasses.replace(base.model, moe=moe))
+
+    stable = dataclasses.replace(base.optim, schedule=WarmupStableDecayConfig(), lr_scale=(("router", 0.5),))
+    mixture = MixtureConfig(parts=(FolderConfig(path="a"), StdlibConfig()), weights=(1.0, 2.0))
+    return {
+        "quickstart": quickstart.get_config(),
+        "debug": base,
+        "folder": folder.get_config(),
+        "capacity": with_moe(dispatch=CapacityConfig(capacity_factor=1.5, keep="score")),
+        "dense dispatch": with_moe(dispatch=DenseConfig()),
+        "stable": dataclasses.replace(base, optim=stable, profile=(3, 5)),
+        "files": with_data(FilesConfig(paths=("a.jsonl", "b.parquet")), HuggingFaceConfig(path="tokenizer.json")),
+        "tfds": with_data(TfdsConfig(name="lm1b:1.1.0"), SentencePieceConfig(path="a.model")),
+        "mixture": with_data(mixture, ByteConfig()),
+        "no experts": dataclasses.replace(base, model=dataclasses.replace(base.model, moe=None)),
+    }
+
+
+ALTERNATIVES = alternatives()
+each_alternative = pytest.mark.parametrize("name", ALTERNATIVES)
+
+
+def concrete(base: type) -> set[type]:
+    """The config types below `base` that the package defines."""
+    found = {kind for sub in base.__subclasses__() for kind in {sub} | concrete(sub)}
+    return {kind for kind in found if kind.__module__.startswith("moe.")}
+
+
+def help_of(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """Option -> its help without metavariable and default, as `--help` prints it."""
+    with pytest.raises(SystemExit) as stop:
+        parse(type(config), ["--help"], "train", default=config)
+    assert stop.value.code == 0
+    said = re.sub(r"[\u2500-\u257f]", " ", capsys.readouterr().out)
+    found = {}
+    for block in re.split(r"^\s+(?=--[a-z])", said, flags=re.MULTILINE)[1:]:
+        head, _, rest = re.split(r"\n\s*\n|\n [a-z.0-9]+ options", block)[0].partition("\n")
+        # Beside the option where there is room, else below it.
+        option, *beside = re.split(r"\s{2,}", head.strip(), maxsplit=1)
+        text = " ".join(" ".join([*beside, rest]).split())
+        found[option.split()[0]] = re.sub(r"\((default|required|repeatable).*", "", text).strip()
+    return found
+
+
+def test_the_alternatives_hold_every_type_of_config() -> None:
+    held = {type(part) for config in ALTERNATIVES.values() for _, part in configs.walk(config)}
+    assert set().union(*(concrete(base) for base in BASES)) <= held
+
+
+@each_alternative
+def test_every_type_of_config_comes_back_from_a_file(name: str, tmp_path: Path) -> None:
+    configs.save(ALTERNATIVES[name], tmp_path / "config.json")
+    assert configs.load(tmp_path / "config.json") == ALTERNATIVES[name]
+
+
+@each_alternative
+def test_every_field_is_an_option_with_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = help_of(ALTERNATIVES[name], capsys)
+    for path in configs.flatten(ALTERNATIVES[name]):
+        # `model.moe` is a leaf only where it is None, in a dense model: structure is chosen in Python.
+        if path.split(".")[-1] == configs.TYPE_KEY or path == "model.moe":
+            continue
+        option = "--" + path.replace("_", "-")
+        assert option in options, f"{path} is no option"
+        assert options[option], f"{path} has no help: add an attribute docstring"
+
+
+def test_a_field_without_help_is_noticed(capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Silent(RunConfig):
+        """A run."""
+
+        unexplained: int = 3
+
+    options = help_of(Silent(), capsys)
+    assert options["--unexplained"] == "" and options["--steps"] == "Optimizer steps."
