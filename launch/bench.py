@@ -1,8 +1,8 @@
 """Where a train step's time goes:  python -m launch.bench CONFIG.py [--steps N] [--warmup N]
 
 Runs the config's real train step on its real data, traces some steps, and adds up the compiled operations' time by the
-named scope they came from. Times the input pipeline alone, without prefetch. Prints a table and one line of JSON. A share
-is of the traced operations' time; operations of several threads may overlap, so shares and not sums are meant.
+named scope they came from. Times the input pipeline alone, without prefetch. Prints a table and one line of JSON. A
+share is of the traced operations' time; operations of several threads may overlap: shares and not sums are meant.
 """
 
 import collections

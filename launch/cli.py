@@ -57,8 +57,8 @@ def load_function(spec: str, default: str = "get_config") -> object:
 def _mistake(path: str, error: Exception) -> ConfigError:
     """What is wrong in the config file, with the line in that file that led to it."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-    where = f" (line {line})" if line else ""
+    # A SyntaxError says its line itself.
+    where = f" (line {lines[-1]})" if lines and not isinstance(error, SyntaxError) else ""
     return ConfigError(f"config = {path!r}: {type(error).__name__}: {error}{where}")
 
 

@@ -250,6 +250,10 @@ def measure(cut: Cut, rules: tuple[BalanceRule, ...] = RULES, arrays: dict[str, 
     )  # fmt: skip
 
 
+measured = functools.cache(measure)
+"""Shared by every test that asks for the same cut; only for arguments that hash."""
+
+
 def agree(found: Measured, expected: Measured, *, same_accumulation: bool = False) -> None:
     """Raises AssertionError unless the two are the same step."""
     np.testing.assert_array_equal(found.count_LGE, expected.count_LGE, "load")

@@ -189,16 +189,15 @@ def routing_of_the_grid() -> tuple[list[np.ndarray], list[np.ndarray], np.ndarra
     config, state = grid.model_config(), grid.train_state(RULES)
     bias_LE = selection_bias(RULES, state.balance, grid.LAYERS, EXPERTS)
     context = oracle.context_of(grid.batch(), key=state.key, step=int(state.step))
-    found = oracle.unrolled(config.abstract(), state.params, context, bias_LE)
+    found = jax.jit(lambda *a: oracle.unrolled(config.abstract(), *a))(state.params, context, bias_LE)
     G, S = context.token_BS.shape
     probs = [np.asarray(r.probs_BSE, np.float64) for r in found.routings]
     experts = [np.asarray(r.expert_BR).reshape(G, S, -1) for r in found.routings]
     return probs, experts, np.asarray(context.mask_BS), state.balance
 
 
-@functools.cache
 def step(accumulation: int) -> grid.Measured:
-    return grid.measure(Cut(accumulation=accumulation))
+    return grid.measured(Cut(accumulation=accumulation))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ def command(text: Path, workdir: Path, *flags: str) -> list[str]:
     """The debug run on a folder of text, its cache beside the text."""
     return [
         sys.executable, "-m", "launch.train", "configs/debug.py:folder", "--workdir", str(workdir),
-        "--data.source.path", str(text), "--data.cache-dir", f"{text}-cache", "--data.validation-fraction", "0.2", *flags,
+        "--data.source.path", str(text), "--data.cache-dir", f"{text}-cache", "--data.validation-fraction", "0.2",
+        *flags,
     ]  # fmt: skip
 
 

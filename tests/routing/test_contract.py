@@ -7,6 +7,7 @@ auxiliary losses as the only gradient of a router, noise or ties that depend on 
 """
 
 import dataclasses
+import functools
 import importlib
 import pkgutil
 from collections.abc import Iterator
@@ -53,10 +54,18 @@ CONFIGS = [cls(**v) for cls in dict.fromkeys(config_types()) for v in [{}, *VARI
 each_router = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{type(c).__name__}-{CONFIGS.index(c)}")
 
 
+@functools.cache
 def built(config: RouterConfig) -> Router:
     """The router with weights large enough that it prefers some experts."""
     router = config.build(jax.random.key(0), D, E)
     return param.bind(router, jax.tree.map(lambda w: 20 * w if w.std() else w, param.pure(router)))
+
+
+@functools.cache
+def compiled(config: RouterConfig) -> Any:
+    """x, context -> Routing, without bias."""
+    router = built(config)
+    return jax.jit(lambda x, context: router(x, context, jnp.zeros(E)))
 
 
 def tokens(seed: int = 1, batch: int = B, positions: int = S) -> jax.Array:
@@ -84,7 +93,7 @@ def same(a: Routing, b: Routing, where: Any = np.s_[:], atol: float = 0.0) -> No
 @each_router
 def test_shapes_ranges_and_dtypes(config: RouterConfig) -> None:
     for x in (tokens(), tokens().astype(jnp.bfloat16)):
-        routing = built(config)(x, context_for(B, S, padding=PADDING), jnp.zeros(E))
+        routing = compiled(config)(x, context_for(B, S, padding=PADDING))
         R = routing.token_BR.shape[1]
         assert routing.token_BR.shape == routing.expert_BR.shape == routing.weight_BR.shape == (B, R)
         assert routing.token_BR.dtype == routing.expert_BR.dtype == jnp.int32
@@ -111,7 +120,7 @@ def test_the_number_of_assignments_is_static_under_jit(config: RouterConfig) -> 
 @each_router
 def test_padding_is_void_and_probabilities_sum_to_one(config: RouterConfig) -> None:
     context = context_for(B, S, padding=PADDING)
-    routing = built(config)(tokens(), context, jnp.zeros(E))
+    routing = compiled(config)(tokens(), context)
     real = np.asarray(context.mask_BS)
     void = ~np.take_along_axis(real, np.asarray(routing.token_BR), axis=1)
     assert (np.asarray(routing.expert_BR)[void] == E).all() and not np.asarray(routing.weight_BR)[void].any()
@@ -125,22 +134,22 @@ def test_padding_is_void_and_probabilities_sum_to_one(config: RouterConfig) -> N
 
 @each_router
 def test_the_content_of_padding_changes_nothing(config: RouterConfig) -> None:
-    context, router = context_for(B, S, padding=PADDING), built(config)
-    a = router(tokens(), context, jnp.zeros(E))
-    b = router(tokens().at[:, S - PADDING :].add(100.0), context, jnp.zeros(E))
+    context, router = context_for(B, S, padding=PADDING), compiled(config)
+    a = router(tokens(), context)
+    b = router(tokens().at[:, S - PADDING :].add(100.0), context)
     same(a, b)
 
 
 @each_router
 def test_appended_padding_changes_nothing(config: RouterConfig) -> None:
-    router = built(config)
-    a = router(tokens(), context_for(B, S), jnp.zeros(E))
+    router = compiled(config)
+    a = router(tokens(), context_for(B, S))
     more = dataclasses.replace(
         context_for(B, S + 4),
         segment_BS=jnp.pad(context_for(B, S).segment_BS, ((0, 0), (0, 4))),
         position_BS=jnp.pad(context_for(B, S).position_BS, ((0, 0), (0, 4))),
     )
-    b = router(jnp.concatenate([tokens(), tokens(2, positions=4)], axis=1), more, jnp.zeros(E))
+    b = router(jnp.concatenate([tokens(), tokens(2, positions=4)], axis=1), more)
     same(a, jax.tree.map(lambda leaf: leaf[:, : leaf.shape[1] - 4 * (leaf.shape[1] // (S + 4))], b), atol=1e-6)
 
 
@@ -149,8 +158,8 @@ def test_a_causal_router_does_not_see_later_tokens(config: RouterConfig) -> None
     router = built(config)
     if not router.causal:
         pytest.skip("declared not causal")
-    a = router(tokens(), context_for(B, S), jnp.zeros(E))
-    b = router(tokens().at[:, 7:].add(3.0), context_for(B, S), jnp.zeros(E))
+    a = compiled(config)(tokens(), context_for(B, S))
+    b = compiled(config)(tokens().at[:, 7:].add(3.0), context_for(B, S))
     same(a, b, np.s_[:, :7], atol=1e-6)
     assert not np.allclose(by_token(a)[:, 7:], by_token(b)[:, 7:])
 
@@ -204,7 +213,7 @@ def test_renaming_experts_renames_everything_and_changes_no_output(config: Route
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_any_number_of_devices_routes_the_same(config: RouterConfig, devices: int) -> None:
     router, context = built(config), context_for(B, S, padding=PADDING)
-    expected = router(tokens(), context, jnp.zeros(E))
+    expected = compiled(config)(tokens(), context)
     mesh = axes.make_mesh(MeshConfig(data=-1), jax.devices()[:devices])
     with jax.set_mesh(mesh):
         cut = axes.sharding(mesh, ("batch",))
