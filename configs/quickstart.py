@@ -18,7 +18,7 @@ from moe.train.run import CheckpointConfig, EvaluateConfig, RunConfig
 def get_config() -> RunConfig:
     return RunConfig(
         seed=0,
-        steps=500,
+        steps=400,
         batch_size=32,
         model=DecoderConfig(
             vocab_size=258,
@@ -37,6 +37,6 @@ def get_config() -> RunConfig:
         data=DataConfig(seq_len=128, domain_weights="equal"),
         optim=AdamWConfig(learning_rate=4e-3, schedule=WarmupCosineConfig(warmup_steps=50)),
         mesh=MeshConfig(),
-        checkpoint=CheckpointConfig(every=250),
-        evaluate=EvaluateConfig(every=250),
+        checkpoint=CheckpointConfig(every=200),
+        evaluate=EvaluateConfig(every=200),
     )
