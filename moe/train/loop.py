@@ -17,13 +17,13 @@ import jax
 from moe import axes
 from moe.config import ConfigError, check
 from moe.data import Corpus, TrainLoader, prepare
-from moe.plan.flops import peak_flops, train_flops_per_token
 from moe.train.checkpoint import Checkpoints, latest_step
 from moe.train.evaluate import Evaluator, mean_bits_per_byte
 from moe.train.load import check_fits, load_config, load_params
 from moe.train.metrics import MetricWriter
 from moe.train.place import local_rows, place
 from moe.train.progress import Progress
+from moe.train.record import Pending, Recorder, Trace
 from moe.train.run import RunConfig
 from moe.train.state import TrainState, create_state, init_state, make_optimizer, state_shardings
 from moe.train.step import BATCH_LOGICAL, jit_step
@@ -38,10 +38,6 @@ class Outcome(NamedTuple):
     step: int
     finished: bool
     """False if `should_stop` ended it before the last step; the state is saved either way."""
-
-
-class NotFinite(RuntimeError):
-    """Too many updates in a row were skipped because loss or gradient was not finite."""
 
 
 class _Session:
@@ -145,72 +141,35 @@ def _run(
 ) -> Outcome:
     config = session.config
     step = int(state.step)
-    pending: tuple[int, dict[str, jax.Array], float, dict[str, float]] | None = None
-    recorder = _Recorder(config, writer, progress)
+    recorder, trace = Recorder(config, writer, progress), Trace(config.profile, session.workdir / "profile")
+    pending: Pending | None = None
     while step < config.steps:
-        profiling = config.profile is not None and config.profile[0] - 1 <= step < config.profile[1]
-        if profiling and step == config.profile[0] - 1:  # type: ignore[index]
-            jax.profiler.start_trace(str(session.workdir / "profile"))
+        trace.before(step + 1)
         begin = time.perf_counter()
         arrays = session.batch()
         waited = time.perf_counter() - begin
         state, metrics = session.step(state, arrays)
         step += 1
         if pending is not None:
-            recorder.write(*pending)
-        pending = (step, metrics, waited, {})
-        if profiling and step == config.profile[1]:  # type: ignore[index]
-            jax.block_until_ready(state.step)
-            jax.profiler.stop_trace()
+            recorder.write(recorder.read(pending))
+        pending = Pending(step, metrics, waited)
+        trace.after(step, state.step)
         last, stopping = step == config.steps, should_stop()
-        bits_per_byte = None
-        if config.evaluate.every and (step % config.evaluate.every == 0 or last):
+        evaluates = config.evaluate.every > 0 and (step % config.evaluate.every == 0 or last)
+        saves = last or stopping or step % config.checkpoint.every == 0
+        if not (evaluates or saves):
+            continue
+        values, pending, bits_per_byte = recorder.read(pending), None, None
+        if evaluates:
             results = session.evaluator(state, config.evaluate.max_bytes)
             bits_per_byte = mean_bits_per_byte(results)
-            extra = {f"eval/bits_per_byte/{name}": result.bits_per_byte for name, result in results.items()}
-            pending = (step, metrics, waited, extra | {"eval/bits_per_byte": bits_per_byte})
-        if last or stopping or step % config.checkpoint.every == 0:
-            recorder.write(*pending)
-            pending = None
+            values |= {f"eval/bits_per_byte/{name}": result.bits_per_byte for name, result in results.items()}
+            values["eval/bits_per_byte"] = bits_per_byte
+        recorder.write(values)
+        if saves:
             session.save(step, state, bits_per_byte)
+        recorder.restart()
         if stopping and not last:
             progress.note(f"asked to stop: saved step {step}")
             return Outcome(step, False)
     return Outcome(step, True)
-
-
-class _Recorder:
-    """Reads a step's metrics from the device and writes them down, with the rates."""
-
-    def __init__(self, config: RunConfig, writer: MetricWriter, progress: Progress):
-        self._config, self._writer, self._progress = config, writer, progress
-        self._flops = train_flops_per_token(config.model, config.data.seq_len)
-        self._tokens = config.batch_size * config.data.seq_len
-        device = jax.devices()[0]
-        peak = peak_flops(device.device_kind)
-        self._peak = peak * jax.device_count() if peak is not None else None
-        self._last = time.perf_counter()
-
-    def write(self, step: int, metrics: dict[str, jax.Array], waited: float, extra: dict[str, float]) -> None:
-        values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        rates = {
-            "time/step_s": seconds,
-            "time/data_wait_s": waited,
-            "time/tokens_per_s": self._tokens / seconds,
-            "time/flops_per_s": self._tokens * self._flops / seconds,
-        }
-        if self._peak is not None:
-            rates["time/mfu"] = rates["time/flops_per_s"] / self._peak
-        values |= {"tokens": step * self._tokens} | extra | rates
-        if jax.process_index() == 0:
-            self._writer.write(step, values)
-            self._progress.update(step, values)
-        if values["skipped_in_row"] >= self._config.max_skipped:
-            raise NotFinite(
-                f"step {step}: loss or gradient was not finite in {values['skipped_in_row']} updates in a row"
-                f" (max_skipped = {self._config.max_skipped}); loss {values['loss']}, gradient norm"
-                f" {values['grad_norm']}, learning rate {values['learning_rate']}; the parameters are those of the last"
-                " good step"
-            )
