@@ -54,7 +54,7 @@ def load(workdir: str | Path, step: int | None = None) -> Run:
 
 
 def load_params(workdir: Path, step: int, config: RunConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(parameters, balance state) on the first device, or as placed by the shardings of `abstract`."""
+    """(parameters, balance state) of a checkpoint, on the first local device."""
     model = config.model
     E = model.moe.num_experts if model.moe is not None else 1
     device = SingleDeviceSharding(jax.local_devices()[0])
