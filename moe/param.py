@@ -46,6 +46,11 @@ def bind(module: Module, params: dict[str, Any]) -> Module:
     return nnx.merge(graph, state)
 
 
+def logical_axes(module: nnx.Module) -> dict[str, Any]:
+    """The logical axes each parameter was declared with, in the tree of `pure`; a stacked layer dimension has none."""
+    return _map_variables(module, lambda variable: variable.get_metadata()[AXES_KEY])
+
+
 def specs(module: nnx.Module) -> dict[str, Any]:
     """PartitionSpec for each parameter, in the tree of `pure`; stacked layer dimensions are not cut."""
 
@@ -54,11 +59,16 @@ def specs(module: nnx.Module) -> dict[str, Any]:
         stacked = variable.get_value().ndim - len(axes)
         return PartitionSpec(*(None,) * stacked, *logical.spec(axes))
 
-    state = nnx.state(module, nnx.Param)
-    return nnx.to_pure_dict(jax.tree.map(of, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
+    return _map_variables(module, of)
 
 
 def shardings(module: nnx.Module, mesh: Mesh) -> dict[str, Any]:
+    """NamedSharding for each parameter, in the tree of `pure`."""
     return jax.tree.map(
         lambda part: NamedSharding(mesh, part), specs(module), is_leaf=lambda x: isinstance(x, PartitionSpec)
     )
+
+
+def _map_variables(module: nnx.Module, of: Callable[[nnx.Variable], Any]) -> dict[str, Any]:
+    state = nnx.state(module, nnx.Param)
+    return nnx.to_pure_dict(jax.tree.map(of, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))

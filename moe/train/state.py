@@ -34,7 +34,7 @@ class TrainState:
 
 def make_optimizer(config: RunConfig, model: Decoder) -> optax.GradientTransformation:
     """The optimizer for the model's parameters (abstract values will do)."""
-    decay = jax.tree.map(lambda part: len(part) > 1, _logical_axes(model), is_leaf=lambda x: isinstance(x, tuple))
+    decay = jax.tree.map(lambda part: len(part) > 1, param.logical_axes(model), is_leaf=lambda x: isinstance(x, tuple))
     return config.optim.build(param.pure(model), decay, config.steps)
 
 
@@ -72,16 +72,6 @@ def state_shardings(config: RunConfig, model: Decoder, tx: optax.GradientTransfo
 def create_state(config: RunConfig, tx: optax.GradientTransformation, shardings: TrainState) -> TrainState:
     """The state at step 0, made in place on the mesh: no device ever holds a whole parameter it should not."""
     return jax.jit(lambda key: init_state(config, tx, key), out_shardings=shardings)(jax.random.key(config.seed))
-
-
-def _logical_axes(model: Decoder) -> Any:
-    from flax import nnx
-
-    state = nnx.state(model, nnx.Param)
-    axes = jax.tree.map(
-        lambda v: v.get_metadata()[param.AXES_KEY], state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
-    )
-    return nnx.to_pure_dict(axes)
 
 
 def _check_divisible(params: Any, shardings: Any) -> None:
