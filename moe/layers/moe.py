@@ -44,6 +44,8 @@ class MoEConfig:
             yield "router.num_selected", f"must be at most num_experts = {self.num_experts}"
         names = [rule.name for rule in self.balance]
         for index, name in enumerate(names):
+            if name == "lm":  # the language model's own term in the log
+                yield f"balance.{index}.name", "must not be 'lm': `loss/lm` is the language-model loss"
             if name in names[:index]:
                 yield f"balance.{index}.name", "must differ from the names of the other balance rules"
 

@@ -85,6 +85,7 @@ FLAGS = {
     "groups that do not divide": (["--model.moe.balance.0.scope", "3"], ["model.moe.balance.0.scope = 3", "2, 4, 8"]),
     "scope 0": (["--model.moe.balance.0.scope", "0"], ["model.moe.balance.0.scope = 0"]),
     "scope by a wrong name": (["--model.moe.balance.0.scope", "local"], ["--model.moe.balance.0.scope", "sequence"]),
+    "name of the language-model loss": (["--model.moe.balance.0.name", "lm"], ["model.moe.balance.0.name = 'lm'"]),
     "negative coefficient": (["--model.moe.balance.0.coefficient", "-1"], ["model.moe.balance.0.coefficient = -1.0"]),
     "coefficient of the bias": (["--model.moe.balance.2.coefficient", "1"], ["balance.2.coefficient", "rate"]),
     "warm-up": (["--optim.schedule.warmup-steps", "20"], ["optim.schedule.warmup_steps = 20", "steps = 20"]),
