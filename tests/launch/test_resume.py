@@ -11,7 +11,7 @@ import pytest
 from moe.train.metrics import read_metrics
 from tests.launch.runs import command, environment, reproducible, run
 
-STEPS = 40
+STEPS = 90
 FLAGS = ("--steps", str(STEPS), "--checkpoint.every", "3", "--checkpoint.keep-best", "0")
 
 
@@ -21,7 +21,7 @@ def test_five_kills_two_of_them_during_a_save_leave_no_trace_in_the_metrics(text
     assert [record["step"] for record in expected] == list(range(1, STEPS + 1))
 
     killed, draw = tmp_path / "killed", random.Random(1)
-    left_unfinished = 0
+    left_unfinished = resumed_from = 0
     for kill in range(5):
         process = subprocess.Popen(command(text, killed, *FLAGS), env=environment(text), stderr=subprocess.PIPE)
         wait_for_progress(process, killed, during_save=kill % 2 == 1)
@@ -32,24 +32,31 @@ def test_five_kills_two_of_them_during_a_save_leave_no_trace_in_the_metrics(text
         process.send_signal(signal.SIGKILL)
         process.communicate()
         left_unfinished += bool(unfinished_saves(killed))
+        assert newest(killed) > resumed_from, "this kill left nothing new to resume from: the test has lost its teeth"
+        resumed_from = newest(killed)
     assert left_unfinished >= 1, "no kill hit a save: the test has lost its teeth"
-    run(text, killed, *FLAGS)
+    assert f"resumed at step {resumed_from}" in run(text, killed, *FLAGS)
     assert reproducible(killed) == expected
     assert not unfinished_saves(killed)
 
 
 def wait_for_progress(process: subprocess.Popen[bytes], workdir: Path, during_save: bool) -> None:
-    """Returns once the run has written records beyond those it found, or (during_save) while a save is under way."""
-    metrics = workdir / "metrics.jsonl"
-    seen = metrics.stat().st_size if metrics.is_file() else 0
+    """Returns once the run has completed a checkpoint beyond those it found, and (during_save) while it writes another.
+
+    Without a complete checkpoint the next start would begin at step 0, and a broken resume would go unnoticed.
+    """
+    found = newest(workdir)
     deadline = time.monotonic() + 120
-    started = False
     while time.monotonic() < deadline and process.poll() is None:
-        size = metrics.stat().st_size if metrics.is_file() else 0
-        started = started or size != seen
-        if started and (not during_save or unfinished_saves(workdir)):
+        if newest(workdir) > found and (not during_save or unfinished_saves(workdir)):
             return
         time.sleep(0.002)
+
+
+def newest(workdir: Path) -> int:
+    """Step of the newest complete checkpoint, 0 if there is none."""
+    folder = workdir / "checkpoints"
+    return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
 
 
 def unfinished_saves(workdir: Path) -> list[Path]:
