@@ -99,7 +99,7 @@ def batch(seed: int = 0, sequences: int = SEQUENCES, positions: int = POSITIONS)
     """
     rng = np.random.default_rng(seed)
     shape = (sequences, positions + 1)
-    out = {name: np.zeros(shape, np.int32) for name in ("tokens", "segment_ids", "positions")}
+    out = {name: np.zeros(shape, np.int32) for name in ("tokens", "segment_ids", "positions", "domains")}
     for g in range(sequences):
         if g % 16 in (5, 6):
             continue  # a whole sequence of padding
@@ -121,7 +121,7 @@ def pad_tokens(arrays: dict[str, np.ndarray], extra: int) -> dict[str, np.ndarra
     G = arrays["tokens"].shape[0]
     garbage = np.random.default_rng(9).integers(0, VOCAB, (G, extra)).astype(np.int32)
     zeros = np.zeros((G, extra), np.int32)
-    added = {"tokens": garbage, "segment_ids": zeros, "positions": zeros}
+    added = {"tokens": garbage, "segment_ids": zeros, "positions": zeros, "domains": zeros}
     return {name: np.concatenate([value, added[name]], axis=1) for name, value in arrays.items()}
 
 
@@ -130,7 +130,7 @@ def pad_sequences(arrays: dict[str, np.ndarray], extra: int) -> dict[str, np.nda
     S = arrays["tokens"].shape[1]
     garbage = np.random.default_rng(9).integers(0, VOCAB, (extra, S)).astype(np.int32)
     zeros = np.zeros((extra, S), np.int32)
-    added = {"tokens": garbage, "segment_ids": zeros, "positions": zeros}
+    added = {"tokens": garbage, "segment_ids": zeros, "positions": zeros, "domains": zeros}
     return {name: np.concatenate([value, added[name]], axis=0) for name, value in arrays.items()}
 
 
@@ -140,12 +140,7 @@ def padded(arrays: dict[str, np.ndarray], padding: str) -> dict[str, np.ndarray]
     return pad_sequences(arrays, arrays["tokens"].shape[0]) if padding == "sequences" else arrays
 
 
-def model_config(
-    rules: tuple[BalanceRule, ...] = RULES,
-    dispatch: DispatchConfig = DROPLESS,
-    remat: Any = "none",
-    **changes: Any,
-) -> DecoderConfig:
+def model_config(dispatch: DispatchConfig = DROPLESS, remat: Any = "none", **changes: Any) -> DecoderConfig:
     """2 layers of 8 experts, width 32, with a router far from uniform."""
     router: RouterConfig = changes.pop("router", TopKConfig(init_std=0.3))
     return DecoderConfig(
@@ -156,7 +151,7 @@ def model_config(
             "init_std": 0.1,
             "remat": remat,
             "attention": AttentionConfig(num_heads=4, num_kv_heads=2, head_width=8),
-            "moe": MoEConfig(num_experts=EXPERTS, expert_hidden=16, router=router, dispatch=dispatch, balance=rules),
+            "moe": MoEConfig(num_experts=EXPERTS, expert_hidden=16, router=router, dispatch=dispatch),
         }
         | changes
     )
@@ -167,7 +162,7 @@ def balance_states(rules: tuple[BalanceRule, ...], seed: int = 1) -> dict[str, A
     rng = np.random.default_rng(seed)
     states = {}
     for rule in rules:
-        state = {name: np.asarray(value) for name, value in rule.init_state(LAYERS, EXPERTS).items()}
+        state = {name: np.asarray(value) for name, value in rule.init_state(np.ones((LAYERS, EXPERTS), bool)).items()}
         if "bias" in state:
             state["bias"] = rng.normal(0, 0.02, state["bias"].shape).astype(np.float32)
         if "load" in state:
@@ -197,7 +192,12 @@ def measure(cut: Cut, rules: tuple[BalanceRule, ...] = RULES, arrays: dict[str, 
     A = cut.accumulation
     mesh_config = MeshConfig(**({"data": 1} | dict(cut.mesh)))
     config = RunConfig(
-        batch_size=G, accumulation=A, steps=200, mesh=mesh_config, model=model_config(rules, cut.dispatch, cut.remat)
+        batch_size=G,
+        accumulation=A,
+        steps=200,
+        mesh=mesh_config,
+        balance=rules,
+        model=model_config(cut.dispatch, cut.remat),
     )
     check(config)
     mesh = axes.make_mesh(mesh_config, jax.devices()[: int(np.prod(list(dict(cut.mesh).values()) or [1]))])
@@ -218,8 +218,7 @@ def measure(cut: Cut, rules: tuple[BalanceRule, ...] = RULES, arrays: dict[str, 
             dataclasses.replace(rule, coefficient=weights[rule.name]) if rule.name in weights else rule
             for rule in rules
         )
-        moe = dataclasses.replace(config.model.moe, balance=weighted)
-        here = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+        here = dataclasses.replace(config, balance=weighted)
         plain = loss_module.token_losses
         with mock.patch.object(loss_module, "token_losses", lambda *a: weights[LM] * plain(*a)):
             loss, grads, share = batch_gradient(here, model, state, arrays)

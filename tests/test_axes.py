@@ -134,7 +134,7 @@ EXPECTED = {  # of the grid's model; the leading layer dimension is not cut
 
 
 def test_every_parameter_of_the_model_is_cut_as_the_table_says() -> None:
-    specs = param.specs(grid.model_config(rules=()).abstract())
+    specs = param.specs(grid.model_config().abstract())
     leaves = jax.tree_util.tree_leaves_with_path(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
     found = {".".join(str(key.key) for key in path): spec for path, spec in leaves}
     assert found == EXPECTED

@@ -19,9 +19,8 @@ from moe.train.run import RunConfig
 
 RUN = RunConfig(
     steps=300,
-    model=DecoderConfig(moe=MoEConfig(
-        balance=(LoadBalanceConfig(scope=4), ExpertBiasConfig(scope="sequence")), dispatch=CapacityConfig(keep="score")
-    )),
+    model=DecoderConfig(moe=MoEConfig(dispatch=CapacityConfig(keep="score"))),
+    balance=(LoadBalanceConfig(scope=4), ExpertBiasConfig(scope="sequence")),
     optim=AdamWConfig(schedule=WarmupStableDecayConfig(), lr_scale=(("router", 0.5), ("embed", 0.0))),
 )  # fmt: skip
 
@@ -49,7 +48,7 @@ def test_a_config_comes_back_from_a_file_as_the_very_same_object(tmp_path: Path)
 def test_saved_configs_name_their_types() -> None:
     data = c.to_dict(RUN)
     assert data["model"]["moe"]["dispatch"]["type"] == "moe.dispatch.capacity:CapacityConfig"
-    assert [rule["type"].split(":")[1] for rule in data["model"]["moe"]["balance"]] == [
+    assert [rule["type"].split(":")[1] for rule in data["balance"]] == [
         "LoadBalanceConfig",
         "ExpertBiasConfig",
     ]
@@ -65,14 +64,14 @@ def test_unknown_fields_and_types_are_refused() -> None:
 def test_the_printed_config_is_sorted_and_complete() -> None:
     lines = c.render(RUN).splitlines()
     assert lines == sorted(lines) and len(lines) > 50
-    assert "model.moe.balance.0.scope = 4" in lines and "model.moe.balance.1.scope = 'sequence'" in lines
+    assert "balance.0.scope = 4" in lines and "balance.1.scope = 'sequence'" in lines
     assert "optim.lr_scale = (('router', 0.5), ('embed', 0.0))" in lines
 
 
 @pytest.mark.parametrize(
     ("path", "value"),
-    [("seed", 1), ("model.moe.balance.0.scope", 8), ("model.moe.balance.0.scope", "global"), ("optim.lr_scale", ()),
-     ("model.moe.balance", ()), ("mesh.data", 2), ("profile", (1, 2))],
+    [("seed", 1), ("balance.0.scope", 8), ("balance.0.scope", "global"), ("optim.lr_scale", ()),
+     ("balance", ()), ("mesh.data", 2), ("profile", (1, 2))],
 )  # fmt: skip
 def test_every_change_shows_in_the_diff_and_in_the_fingerprint(path: str, value: Any) -> None:
     new = changed(path, value)
@@ -92,9 +91,9 @@ def test_another_type_with_the_same_values_is_another_config() -> None:
     assert c.fingerprint(new) != c.fingerprint(RUN) and new != RUN
     name = f"{OtherCapacity.__module__}:OtherCapacity"
     assert c.diff(RUN, new) == [f"model.moe.dispatch.type: 'moe.dispatch.capacity:CapacityConfig' -> '{name}'"]
-    fewer = changed("model.moe.balance", RUN.model.moe.balance[:1])  # type: ignore[union-attr]
+    fewer = changed("balance", RUN.balance[:1])
     assert all(line.endswith("-> None") for line in c.diff(RUN, fewer))
-    assert {line.split(":")[0].rsplit(".", 1)[0] for line in c.diff(RUN, fewer)} == {"model.moe.balance.1"}
+    assert {line.split(":")[0].rsplit(".", 1)[0] for line in c.diff(RUN, fewer)} == {"balance.1"}
 
 
 def test_a_diff_names_path_old_and_new_value() -> None:
@@ -105,13 +104,13 @@ def test_a_diff_names_path_old_and_new_value() -> None:
 
 BAD: list[tuple[str, Any, str]] = [
     ("steps", 0, "steps = 0: must be at least 1"),
-    ("model.moe.balance.1.rate", -1.0, "model.moe.balance.1.rate = -1.0: must be greater than 0"),
-    ("model.moe.balance.1.name", "load_balance", "model.moe.balance.1.name = 'load_balance': must differ"),
+    ("balance.1.rate", -1.0, "balance.1.rate = -1.0: must be greater than 0"),
+    ("balance.1.name", "load_balance", "balance.1.name = 'load_balance': must differ"),
     ("model.moe.dispatch.capacity_factor", 0.0, "model.moe.dispatch.capacity_factor = 0.0: must be greater than 0"),
     (
-        "model.moe.balance.0.scope",
+        "balance.0.scope",
         5,
-        r"model.moe.balance.0.scope = 5: must divide the 64 sequences .* 1, 2, 4, 8, 16, 32, 64",
+        r"balance.0.scope = 5: must divide the 64 sequences .* 1, 2, 4, 8, 16, 32, 64",
     ),
     ("accumulation", 3, "batch_size = 64: must be divisible by accumulation = 3"),
     ("mesh.expert", 3, "batch_size = 64: a micro-batch of 64 .* divisible by data [*] fsdp [*] expert = 3"),

@@ -103,7 +103,7 @@ def test_the_batch_is_as_uneven_as_the_grid_needs() -> None:
 def test_the_top_k_margin_of_the_inputs_is_wider_than_rounding() -> None:
     config = grid.model_config()
     state = grid.train_state(RULES)
-    bias_LE = selection_bias(RULES, state.balance, grid.LAYERS, EXPERTS)
+    bias_LE = selection_bias(RULES, state.balance, config.exists_LE)
     context = context_of(grid.batch(), key=state.key, step=int(state.step))
     found = jax.jit(lambda *a: unrolled(config.abstract(), *a))(state.params, context, bias_LE)
     margins = [routing.margin_BS.min() for routing in found.routings]

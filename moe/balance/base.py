@@ -6,7 +6,8 @@ The train step runs a global batch as A micro-batches of B sequences. For each r
     2. calls `term` on every micro-batch: its values, summed over the micro-batches, are the term of the batch;
     3. calls `update` once, with the statistics of the whole batch, after the optimizer.
 
-Stacked statistics have shapes [A, L, B, ...]; those of a micro-batch [L, B, ...]. L counts MoE layers.
+Stacked statistics have shapes [A, L, B, ...]; those of a micro-batch [L, B, ...]. L counts MoE layers. Layers may have
+different numbers of experts: arrays are as wide as the widest, and a rule takes E from `Statistics.num_experts_L`.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from moe.balance.statistics import Statistics
 
@@ -49,11 +51,11 @@ class BalanceRule:
         """Problems that show only once the batch layout (A, B) is known."""
         yield from ()
 
-    def init_state(self, num_layers: int, num_experts: int) -> State:
-        """Checkpointed state at step 0."""
+    def init_state(self, exists_LE: np.ndarray) -> State:
+        """Checkpointed state at step 0; `exists_LE` is False for experts that a narrower layer does not have."""
         return {}
 
-    def init_carry(self, num_layers: int, num_experts: int) -> Any:
+    def init_carry(self, exists_LE: np.ndarray) -> Any:
         """What is carried from one micro-batch to the next, and forgotten after the step."""
         return ()
 

@@ -19,6 +19,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe.balance.base import BalanceRule, State
 from moe.balance.scope import Scope, group_problems, group_size, in_order, pool, scope_problems
@@ -50,38 +51,39 @@ class ExpertBiasConfig(BalanceRule):
     def batch_problems(self, num_microbatches: int, batch_size: int) -> Iterator[tuple[str, str]]:
         yield from group_problems("scope", self.scope, num_microbatches * batch_size)
 
-    def init_state(self, num_layers: int, num_experts: int) -> State:
-        return {"bias": jnp.zeros((num_layers, num_experts), jnp.float32)}
+    def init_state(self, exists_LE: np.ndarray) -> State:
+        return {"bias": jnp.zeros(exists_LE.shape, jnp.float32)}
 
     def update(self, state: State, whole: Statistics) -> State:
         count_LXE = in_order(whole.count_BE)
         L, X, E = count_LXE.shape
+        E_L, exists_LE = whole.num_experts_L, whole.exists_LE
         n = group_size(self.scope, X)
         tokens_LG = in_order(whole.tokens_B[..., None])[..., 0].reshape(L, X // n, n).sum(axis=2)
         total_L1 = jnp.maximum(tokens_LG.sum(axis=1), 1)[:, None].astype(jnp.float32)
         if self.rule == "sign":
-            moves_LE = (_sign(count_LXE.reshape(L, X // n, n, E).sum(axis=2)) * tokens_LG[..., None]).sum(axis=1)
+            count_LGE = count_LXE.reshape(L, X // n, n, E).sum(axis=2)
+            moves_LE = (_sign(count_LGE, E_L.astype(jnp.int32)) * tokens_LG[..., None]).sum(axis=1)
         else:
-            moves_LE = ((1.0 - E * pool(count_LXE, n)) * tokens_LG[..., None]).sum(axis=1)
+            moves_LE = ((1.0 - E_L[:, None, None] * pool(count_LXE, n)) * tokens_LG[..., None]).sum(axis=1)
         # Divided last: a product that feeds a sum may or may not become a fused multiply-add, which rounds differently.
         bias_LE = state["bias"] + self.rate * moves_LE.astype(jnp.float32) / total_L1
+        bias_LE = jnp.where(exists_LE, bias_LE, 0.0)
         if self.recentre:
-            bias_LE = bias_LE - bias_LE.mean(axis=1, keepdims=True)
+            bias_LE = jnp.where(exists_LE, bias_LE - bias_LE.sum(axis=1, keepdims=True) / E_L[:, None], 0.0)
         return {"bias": bias_LE}
 
 
-def _sign(count_LGE: jax.Array) -> jax.Array:
+def _sign(count_LGE: jax.Array, num_experts_L: jax.Array) -> jax.Array:
     """int32 sign(mean - count) per expert, in integers: XLA may take a reciprocal, and then c / sum(c) is not 1 / E."""
-    mean_LG1, rest_LG1 = jnp.divmod(count_LGE.sum(axis=-1, keepdims=True), count_LGE.shape[-1])
+    mean_LG1, rest_LG1 = jnp.divmod(count_LGE.sum(axis=-1, keepdims=True), num_experts_L[:, None, None])
     below = (count_LGE < mean_LG1) | ((count_LGE == mean_LG1) & (rest_LG1 > 0))
     return below.astype(jnp.int32) - (count_LGE > mean_LG1)
 
 
-def selection_bias(
-    rules: Sequence[BalanceRule], states: dict[str, State], num_layers: int, num_experts: int
-) -> jax.Array:
+def selection_bias(rules: Sequence[BalanceRule], states: dict[str, State], exists_LE: np.ndarray) -> jax.Array:
     """float32 [L, E] added to the selection scores: the sum of the rules' biases, zeros if there is none."""
-    total = jnp.zeros((num_layers, num_experts), jnp.float32)
+    total = jnp.zeros(exists_LE.shape, jnp.float32)
     for rule in rules:
         total = total + states[rule.name].get("bias", 0.0)
     return total

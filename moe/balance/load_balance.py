@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe.balance.base import BalanceRule, Batch, State
 from moe.balance.scope import Scope, group_problems, group_size, in_order, per_sequence_load, scope_problems
@@ -63,17 +64,15 @@ class LoadBalanceConfig(BalanceRule):
             return False
         return batch_size % group_size(self.scope, num_microbatches * batch_size) != 0
 
-    def init_state(self, num_layers: int, num_experts: int) -> State:
-        if self.accumulation != "lagged":
-            return {}
-        return {"load": jnp.full((num_layers, num_experts), 1.0 / num_experts, jnp.float32)}
+    def init_state(self, exists_LE: np.ndarray) -> State:
+        return {"load": load(jnp.asarray(exists_LE, jnp.int32))} if self.accumulation == "lagged" else {}
 
-    def init_carry(self, num_layers: int, num_experts: int) -> Any:
-        return jnp.zeros((num_layers, num_experts), jnp.int32) if self.accumulation == "buffer" else ()
+    def init_carry(self, exists_LE: np.ndarray) -> Any:
+        return jnp.zeros(exists_LE.shape, jnp.int32) if self.accumulation == "buffer" else ()
 
     def term(self, micro: Statistics, batch: Batch, carry: Any, state: State) -> tuple[jax.Array, Any, Any]:
         count_LBE = micro.count_BE
-        _, B, E = count_LBE.shape
+        B = count_LBE.shape[1]
         record: Any = ()
         if self.accumulation == "lagged":
             record = state["load"]
@@ -88,7 +87,7 @@ class LoadBalanceConfig(BalanceRule):
         else:
             f_LBE = per_sequence_load(count_LBE, group_size(self.scope, batch.num_microbatches * B))
         f_LBE = jax.lax.stop_gradient(f_LBE)
-        value_L = E * (f_LBE * micro.prob_BE).sum(axis=(1, 2)) / batch.num_tokens
+        value_L = micro.num_experts_L * (f_LBE * micro.prob_BE).sum(axis=(1, 2)) / batch.num_tokens
         return value_L, carry, record
 
     def update(self, state: State, whole: Statistics) -> State:

@@ -26,17 +26,18 @@ class _Domain(NamedTuple):
 class Validation:
     """Held-out text of one domain: `text_bytes` are the bytes that `batches` encodes, `num_bytes` their number."""
 
-    def __init__(self, domain: str, texts: list[str], tokenizer: Tokenizer):
+    def __init__(self, domain: str, texts: list[str], tokenizer: Tokenizer, index: int = 0):
         self.text_bytes = "".join(texts).encode()
         self.num_bytes = len(self.text_bytes)
         self._stream = pack(texts, tokenizer, domain)
+        self._index = index
 
     def batches(self, batch_size: int, seq_len: int) -> Iterator[dict[str, np.ndarray]]:
-        """Every token once, in order: dicts of `tokens`, `segment_ids` and `positions`, int32 [batch_size, S + 1].
+        """Every token once, in order: the dicts of `packing.Windows`, int32 [batch_size, S + 1].
 
         The last batch is filled up with rows of padding (segment id 0).
         """
-        windows = Windows(self._stream, seq_len)
+        windows = Windows(self._stream, seq_len, self._index)
         padding = {name: np.zeros_like(value) for name, value in windows[0].items()}
         for start in range(0, len(windows), batch_size):
             rows = [windows[i] for i in range(start, min(start + batch_size, len(windows)))]
@@ -73,8 +74,8 @@ class Corpus:
         domains are interleaved in proportion to their weights (to 1 % of the smallest).
         """
         parts = [
-            grain.MapDataset.source(Windows(domain.train, self.seq_len)).shuffle(seed=_seed(seed, name)).repeat()
-            for name, domain in self._domains.items()
+            grain.MapDataset.source(Windows(domain.train, self.seq_len, i)).shuffle(seed=_seed(seed, name)).repeat()
+            for i, (name, domain) in enumerate(self._domains.items())
         ]
         return grain.MapDataset.mix(parts, [domain.weight for domain in self._domains.values()])
 
@@ -93,7 +94,7 @@ class Corpus:
                 break
         if not texts:
             raise ConfigError(f"max_bytes = {max_bytes}: leaves no validation text of domain {domain!r}")
-        return Validation(domain, texts, self.tokenizer)
+        return Validation(domain, texts, self.tokenizer, self.domains.index(domain))
 
 
 def prepare(config: DataConfig) -> Corpus:

@@ -32,7 +32,7 @@ class _Steps(Sequence):
 
 
 class TrainLoader(Iterator[dict[str, np.ndarray]]):
-    """Yields one dict per global step: `tokens`, `segment_ids` and `positions`, int32 [A, len(rows), S + 1].
+    """Yields one dict per global step: the arrays of `packing.Windows`, int32 [A, len(rows), S + 1].
 
     Row b of micro-batch a of step k is sequence `(k * A + a) * B + b` of `corpus.train_dataset(seed)`, whichever
     process reads it: the data of a step do not depend on how many processes there are, and only A * B and the seed

@@ -34,11 +34,13 @@ class Windows(Sequence):
     """Random access to the windows of a stream, as dicts of int32 [S + 1].
 
     `tokens`; `segment_ids`, 1, 2, ... for the documents in the window and 0 for padding, which only the last window
-    of a stream has; `positions`, which restart at 0 at each document and at the start of the window.
+    of a stream has; `positions`, which restart at 0 at each document and at the start of the window; `domains`, the
+    index of the stream's domain.
     """
 
-    def __init__(self, stream: Stream, seq_len: int):
+    def __init__(self, stream: Stream, seq_len: int, domain: int = 0):
         self._stream = stream
+        self._domain = domain
         self._seq_len = seq_len
 
     def __len__(self) -> int:
@@ -60,7 +62,8 @@ class Windows(Sequence):
         positions = index_S - np.maximum.accumulate(index_S * starts)
         segment_ids[len(found) :] = 0
         positions[len(found) :] = 0
-        return {"tokens": tokens, "segment_ids": segment_ids, "positions": positions}
+        domains = np.full(size, self._domain, np.int32)
+        return {"tokens": tokens, "segment_ids": segment_ids, "positions": positions, "domains": domains}
 
 
 def frame(tokenizer: Tokenizer, text: str) -> np.ndarray:

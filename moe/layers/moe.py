@@ -10,17 +10,16 @@ import dataclasses
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from moe import param
-from moe.balance.base import BalanceRule
-from moe.balance.load_balance import LoadBalanceConfig
 from moe.balance.statistics import Statistics, statistics
 from moe.config import at_least
-from moe.dispatch import DispatchConfig, DroplessConfig, ExpertWeights, dispatch
+from moe.dispatch import DispatchConfig, Dispatcher, DroplessConfig, ExpertWeights, dispatch
 from moe.dispatch.sharded import DOWN_AXES, GATE_AXES, UP_AXES
 from moe.layers.mlp import MLP
-from moe.routing.base import Context, RouterConfig
+from moe.routing.base import Context, RouterConfig, Routing
 from moe.routing.topk import TopKConfig
 
 
@@ -36,18 +35,11 @@ class MoEConfig:
     """Hidden width of the shared expert every token passes through; 0: none."""
     router: RouterConfig = TopKConfig()
     dispatch: DispatchConfig = DroplessConfig()
-    balance: tuple[BalanceRule, ...] = (LoadBalanceConfig(),)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from at_least(self, num_experts=2, expert_hidden=1, shared_hidden=0)
-        if self.router.num_selected > self.num_experts:
-            yield "router.num_selected", f"must be at most num_experts = {self.num_experts}"
-        names = [rule.name for rule in self.balance]
-        for index, name in enumerate(names):
-            if name == "lm":  # the language model's own term in the log
-                yield f"balance.{index}.name", "must not be 'lm': `loss/lm` is the language-model loss"
-            if name in names[:index]:
-                yield f"balance.{index}.name", "must differ from the names of the other balance rules"
+        for field, limit in self.router.layer_problems(self.num_experts):
+            yield f"router.{field}", limit
 
 
 class MoE(nnx.Module):
@@ -68,10 +60,21 @@ class MoE(nnx.Module):
             routing = self.router(x_BSD, context, bias_E)
         with jax.named_scope("dispatch"):
             weights = ExpertWeights(*(w[...].astype(x_BSD.dtype) for w in (self.w_gate, self.w_up, self.w_down)))
-            y_BSD, dropped_B = dispatch(self.dispatcher, x_BSD, routing, weights)
+            y_BSD, dropped_B = _through_slots(self.dispatcher, x_BSD, routing, weights)
         with jax.named_scope("statistics"):
             sums = statistics(routing, context.mask_BS, dropped_B)
         if self.shared is not None:
             with jax.named_scope("shared_expert"):
                 y_BSD = y_BSD + self.shared(x_BSD)
         return y_BSD, sums
+
+
+def _through_slots(
+    dispatcher: Dispatcher, x_BSD: jax.Array, routing: Routing, weights: ExpertWeights
+) -> tuple[jax.Array, jax.Array]:
+    """`dispatch`; where the router assigns mixtures of tokens, the slots take the tokens' place on the way."""
+    if (slots := routing.slots) is None:
+        return dispatch(dispatcher, x_BSD, routing, weights)
+    x_BPD = jnp.einsum("bps,bsd->bpd", slots.gather_BPS.astype(x_BSD.dtype), x_BSD)
+    y_BPD, dropped_B = dispatch(dispatcher, x_BPD, dataclasses.replace(routing, slots=None), weights)
+    return jnp.einsum("bsp,bpd->bsd", slots.scatter_BSP.astype(x_BSD.dtype), y_BPD), dropped_B

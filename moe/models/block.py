@@ -34,7 +34,7 @@ class Block(nnx.Module):
         if kind == MOE:
             assert moe is not None
             self.moe = MoE(moe, mlp_key, width, init_std, out_std)
-            if not self.moe.router.causal:
+            if not moe.router.causal:
                 name = type(moe.router).__name__
                 raise ConfigError(f"model.moe.router = {name}: routes a token by later ones, which a decoder must not")
         else:

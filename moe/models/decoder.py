@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_policies
 
@@ -23,8 +24,7 @@ from moe.layers.moe import MoEConfig
 from moe.layers.norm import RMSNorm
 from moe.models.block import Block
 from moe.models.layout import DENSE, MOE, Stack, layer_kinds, stacks
-from moe.routing.base import Context
-from moe.routing.topk import SAVED_NAME
+from moe.routing.base import SAVED_NAME, Context
 
 _save_router = checkpoint_policies.save_only_these_names(SAVED_NAME)
 _POLICIES: dict[str, Callable[..., Any]] = {
@@ -98,6 +98,12 @@ class DecoderConfig:
     @property
     def num_moe_layers(self) -> int:
         return self.kinds.count(MOE)
+
+    @property
+    def exists_LE(self) -> np.ndarray:
+        """bool, for every MoE layer in order: True for its experts, False up to the number of the widest layer."""
+        widths = [self.moe.num_experts] * self.num_moe_layers if self.moe is not None else []
+        return np.arange(max(widths, default=1)) < np.array(widths, int).reshape(-1, 1)
 
     def build(self, key: jax.Array) -> "Decoder":
         return Decoder(self, key)

@@ -124,6 +124,7 @@ def _generate(
             token_BS=token_BS,
             segment_BS=jnp.ones_like(token_BS),
             position_BS=jnp.broadcast_to(position_S, token_BS.shape),
+            task_BS=jnp.zeros_like(token_BS),
             sequence_B=row_B,
             step=jnp.int32(0),
             key=routing_key,

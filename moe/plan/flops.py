@@ -54,7 +54,10 @@ def train_flops_per_token(config: DecoderConfig, seq_len: int) -> int:
     multiply_adds = config.num_layers * (2 * D * N * H + 2 * D * M * H + N * H * seq_len)
     multiply_adds += config.kinds.count(DENSE) * 3 * D * config.mlp_hidden
     if config.moe is not None:
-        hidden = config.moe.router.num_selected * config.moe.expert_hidden + config.moe.shared_hidden
+        hidden = (
+            round(config.moe.router.experts_per_token(config.moe.num_experts) * config.moe.expert_hidden)
+            + config.moe.shared_hidden
+        )
         multiply_adds += config.num_moe_layers * 3 * D * hidden
     return 6 * (multiply_adds + D * config.vocab_size)
 

@@ -54,6 +54,6 @@ def count(config: DecoderConfig) -> Parameters:
     unused = 0
     if config.moe is not None:
         # Exact: every expert has the same parameters.
-        E, K = config.moe.num_experts, config.moe.router.num_selected
-        unused = sizes["experts"] // E * (E - K)
+        E = config.moe.num_experts
+        unused = round(sizes["experts"] // E * (E - config.moe.router.experts_per_token(E)))
     return Parameters(total=total, active=total - unused, **sizes)

@@ -2,14 +2,28 @@
 
 Everything is kept per sequence. A sequence is the unit no cut of the batch divides, so statistics that are sums over
 sequences can be pooled over any scope afterwards, and the arrays are sharded like the batch.
+
+A new router is one class. Where logits are linear in the token, subclass `LinearRouterConfig` and define `route`; where
+they are not, subclass `RouterConfig` and let `build` return a `Router` of your own.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterator
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from moe import param
+from moe.config import at_least
+
+SAVED_NAME = "router"
+"""Checkpoint name of router outputs: every remat policy keeps them, so a recomputed layer cannot pick other experts."""
+
+EXPERT_AXIS = "router_experts"
+"""Logical axis of a parameter's dimension that counts experts."""
 
 
 @jax.tree_util.register_dataclass
@@ -23,6 +37,8 @@ class Context:
     """int32 document number inside the packed sequence, from 1; 0 is padding."""
     position_BS: jax.Array
     """int32 position inside the document."""
+    task_BS: jax.Array
+    """int32 task of the token: the index of its domain in the corpus's sorted domains; 0 where nothing is known."""
     sequence_B: jax.Array
     """int32 index of the sequence in the global batch: noise keys fold it, so no cut of the batch changes them."""
     step: jax.Array
@@ -39,11 +55,22 @@ class Context:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Slots:
+    """For routers that assign mixtures of tokens: P slots a sequence take the tokens' place before dispatch."""
+
+    gather_BPS: jax.Array
+    """float32; slot p reads sum_s gather[p, s] x_s."""
+    scatter_BSP: jax.Array
+    """float32; token s receives sum_p scatter[s, p] y_p."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Routing:
     """R assignments per sequence (static), and what the balance rules need. All floats are float32."""
 
     token_BR: jax.Array
-    """int32 position in its sequence of the token that is assigned."""
+    """int32 position in its sequence of the token that is assigned; a slot, where there are `slots`."""
     expert_BR: jax.Array
     """int32 expert in [0, E); E marks a void assignment (a padding token): it reaches no expert and no count."""
     weight_BR: jax.Array
@@ -54,6 +81,10 @@ class Routing:
     """logsumexp of the router logits, 0 for padding. Carries gradient."""
     margin_BS: jax.Array
     """Selection score of the last expert taken minus the first one left out; +inf for padding. No gradient."""
+    priority_BR: jax.Array | None = None
+    """Who stays when a buffer overflows: the highest first. None: the router has no opinion. No gradient."""
+    slots: Slots | None = None
+    """Set by routers that assign mixtures of tokens."""
     num_selected: int | None = dataclasses.field(default=None, metadata={"static": True})
     """K if every token has exactly K assignments and token_BR is [0]*K + [1]*K + ..., else None."""
 
@@ -65,32 +96,95 @@ class Routing:
 class Router(nnx.Module):
     """Scores tokens and picks experts. Pure: state goes in, a `Routing` comes out, nothing is written."""
 
-    causal: bool = True
-    """Whether a token's routing depends on no later token; a causal decoder refuses a router that says False."""
-
     def __call__(self, x_BSD: jax.Array, context: Context, bias_E: jax.Array) -> Routing:
         raise NotImplementedError(f"{type(self).__name__} must define __call__")
+
+    def symmetry(self, key: jax.Array, num_experts: int) -> tuple[jax.Array, "Router"] | None:
+        """A random renaming under which the router is equivariant: (order_E, the router whose expert i is order[i]).
+
+        By default any permutation will do, and it permutes every parameter dimension that counts experts. A router
+        with less symmetry overrides this; None declares that there is none.
+        """
+        order_E = jax.random.permutation(key, num_experts)
+        axes = param.logical_axes(self)
+        is_axes = lambda part: isinstance(part, tuple)  # noqa: E731
+
+        def rename(names: tuple[str | None, ...], value: jax.Array) -> jax.Array:
+            for dimension, name in enumerate(names):
+                value = jnp.take(value, order_E, axis=dimension) if name == EXPERT_AXIS else value
+            return value
+
+        return order_E, param.bind(self, jax.tree.map(rename, axes, param.pure(self), is_leaf=is_axes))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterConfig:
     """Base of every router's config; its type selects the router."""
 
-    num_selected: int = 2
-    """K, experts per token."""
+    causal: ClassVar[bool] = True
+    """Whether a token's routing depends on no later token; a causal decoder refuses a router that says False."""
+    padding_invariant: ClassVar[bool] = True
+    """Whether padding appended to a sequence leaves its routing as it was."""
+    task_gradient: ClassVar[bool] = True
+    """Whether the task's loss alone teaches every parameter of the router; where not, the docstring says why."""
+    all_layers: ClassVar[bool] = False
+    """Whether one router decides once and every MoE layer of the model follows it."""
 
     def build(self, key: jax.Array, width: int, num_experts: int) -> Router:
         raise NotImplementedError(f"{type(self).__name__} must define build")
 
+    def experts_per_token(self, num_experts: int) -> float:
+        """Assignments per token on average, for counting parameters and FLOPs."""
+        raise NotImplementedError(f"{type(self).__name__} must define experts_per_token")
 
-def void_padding(mask_BS: jax.Array, num_experts: int, expert_BSK: jax.Array, weight_BSK: jax.Array) -> dict[str, Any]:
-    """Token-major assignments of a token-choice router as `Routing` fields, with padding made void."""
-    B, S, K = expert_BSK.shape
-    token_SK = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[:, None], (S, K))
-    real = mask_BS[..., None]
-    return {
-        "token_BR": jnp.broadcast_to(token_SK.reshape(-1), (B, S * K)),
-        "expert_BR": jnp.where(real, expert_BSK, num_experts).reshape(B, S * K).astype(jnp.int32),
-        "weight_BR": jnp.where(real, weight_BSK, 0.0).reshape(B, S * K),
-        "num_selected": K,
-    }
+    def layer_problems(self, num_experts: int) -> Iterator[tuple[str, str]]:
+        """Problems that show only once the number of experts is known."""
+        yield from ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearRouterConfig(RouterConfig):
+    """Base of routers whose logits are linear in the token: z = x W_router. Subclasses define `route`."""
+
+    num_selected: int = 2
+    """K, experts per token."""
+    init_std: float = 0.02
+    """Standard deviation of the router's initial weights."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from at_least(self, num_selected=1, init_std=0)
+
+    def layer_problems(self, num_experts: int) -> Iterator[tuple[str, str]]:
+        if self.num_selected > num_experts:
+            yield "num_selected", f"must be at most num_experts = {num_experts}"
+
+    def experts_per_token(self, num_experts: int) -> float:
+        return self.num_selected
+
+    def build(self, key: jax.Array, width: int, num_experts: int) -> "LinearRouter":
+        return LinearRouter(self, key, width, num_experts)
+
+    def initial(self, key: jax.Array, width: int, num_experts: int) -> jax.Array:
+        """W_router [D, E] at step 0."""
+        return self.init_std * jax.random.truncated_normal(key, -3.0, 3.0, (width, num_experts), jnp.float32)
+
+    def inputs(self, x_BSD: jax.Array, context: Context) -> jax.Array:
+        """What is scored, from float32 tokens; jitter goes here."""
+        return x_BSD
+
+    def route(self, logits_BSE: jax.Array, context: Context, bias_E: jax.Array) -> Routing:
+        """float32 logits -> Routing."""
+        raise NotImplementedError(f"{type(self).__name__} must define route")
+
+
+class LinearRouter(Router):
+    """x [B, S, D] any float dtype -> logits float32 [B, S, E] -> what its config makes of them."""
+
+    def __init__(self, config: LinearRouterConfig, key: jax.Array, width: int, num_experts: int):
+        self.config = config
+        self.w_router = param.declare(config.initial(key, width, num_experts), ("embed", EXPERT_AXIS))
+
+    def __call__(self, x_BSD: jax.Array, context: Context, bias_E: jax.Array) -> Routing:
+        x_BSD = self.config.inputs(x_BSD.astype(jnp.float32), context)
+        logits_BSE = checkpoint_name(jnp.einsum("bsd,de->bse", x_BSD, self.w_router[...]), SAVED_NAME)
+        return self.config.route(logits_BSE, context, bias_E)

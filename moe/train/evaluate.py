@@ -56,7 +56,7 @@ class Evaluator:
             return nats, real_BS.sum(), counts
 
         self._measure = jax.jit(measure, out_shardings=axes.sharding(mesh, ()))
-        self._bias = jax.jit(lambda states: bias_of(model, config.rules, states))
+        self._bias = jax.jit(lambda states: bias_of(model, config.balance, states))
 
     def __call__(self, state: TrainState, max_bytes: int) -> dict[str, DomainResult]:
         """Results for every domain of the corpus, each on at most `max_bytes` held-out bytes."""

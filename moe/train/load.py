@@ -50,19 +50,16 @@ def load(workdir: str | Path, step: int | None = None) -> Run:
     step = latest_step(workdir) if step is None else step
     model = config.model.abstract()
     params, balance = load_params(workdir, step, config)
-    return Run(model, params, bias_of(model, config.rules, balance), config, step)
+    return Run(model, params, bias_of(model, config.balance, balance), config, step)
 
 
 def load_params(workdir: Path, step: int, config: RunConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """(parameters, balance state) of a checkpoint, on the first local device."""
     model = config.model
-    E = model.moe.num_experts if model.moe is not None else 1
     device = SingleDeviceSharding(jax.local_devices()[0])
     abstract = {
         "params": param.pure(model.abstract()),
-        "balance": jax.eval_shape(
-            lambda: {rule.name: rule.init_state(model.num_moe_layers, E) for rule in config.rules}
-        ),
+        "balance": jax.eval_shape(lambda: {rule.name: rule.init_state(model.exists_LE) for rule in config.balance}),
     }
     placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
     found = restore_parts(workdir, step, placed)

@@ -17,7 +17,7 @@ from moe.models import Decoder
 from moe.routing.base import Context
 
 Arrays = dict[str, jax.Array]
-"""A batch: tokens, segment_ids, positions, each int32 [..., S + 1]; segment 0 is padding."""
+"""A batch: tokens, segment_ids, positions, domains, each int32 [..., S + 1]; segment 0 is padding."""
 
 
 def real_targets(segment_ids: jax.Array) -> jax.Array:
@@ -42,6 +42,7 @@ def forward(
         token_BS=arrays["tokens"][:, :-1],
         segment_BS=arrays["segment_ids"][:, :-1],
         position_BS=arrays["positions"][:, :-1],
+        task_BS=arrays["domains"][:, :-1],
         sequence_B=first_sequence + jnp.arange(B, dtype=jnp.int32),
         step=step,
         key=jax.random.fold_in(key, step),
@@ -90,5 +91,4 @@ def share_of_loss(
 
 def bias_of(model: Decoder, rules: tuple[BalanceRule, ...], states: dict[str, Any]) -> jax.Array:
     """float32 [L, E] added to the selection scores of the model's MoE layers."""
-    moe = model.config.moe
-    return selection_bias(rules, states, model.config.num_moe_layers, moe.num_experts if moe is not None else 1)
+    return selection_bias(rules, states, model.config.exists_LE)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 
 from moe.axes import MeshConfig
-from moe.balance.base import BalanceRule
+from moe.balance import BalanceRule, LoadBalanceConfig
 from moe.config import at_least
 from moe.data import DataConfig
 from moe.models import DecoderConfig
@@ -55,6 +55,8 @@ class RunConfig:
     accumulation: int = 1
     """A, micro-batches the global batch is cut into; must divide batch_size. Changes memory, not numbers."""
     model: DecoderConfig = DecoderConfig()
+    balance: tuple[BalanceRule, ...] = (LoadBalanceConfig(),)
+    """What keeps experts in use; every rule acts on every MoE layer. Must be empty for a model without one."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: AdamWConfig = AdamWConfig()
     mesh: MeshConfig = MeshConfig()
@@ -82,9 +84,19 @@ class RunConfig:
         for field, limit in self.optim.schedule.run_problems(self.steps):
             yield f"optim.schedule.{field}", limit
         yield from self._mesh_problems()
-        for index, rule in enumerate(self.rules):
+        yield from self._balance_problems()
+
+    def _balance_problems(self) -> Iterator[tuple[str, str]]:
+        if self.balance and not self.model.num_moe_layers:
+            yield "balance", "must be (): the model has no MoE layer for it to act on"
+        names = [rule.name for rule in self.balance]
+        for index, rule in enumerate(self.balance):
+            if rule.name == "lm":  # the language model's own term in the log
+                yield f"balance.{index}.name", "must not be 'lm': `loss/lm` is the language-model loss"
+            if rule.name in names[:index]:
+                yield f"balance.{index}.name", "must differ from the names of the other balance rules"
             for field, limit in rule.batch_problems(self.accumulation, self.microbatch_size):
-                yield f"model.moe.balance.{index}.{field}", limit
+                yield f"balance.{index}.{field}", limit
 
     def _mesh_problems(self) -> Iterator[tuple[str, str]]:
         mesh, model = self.mesh, self.model
@@ -125,7 +137,3 @@ class RunConfig:
     def microbatch_size(self) -> int:
         """B, sequences in one micro-batch over all devices."""
         return self.batch_size // self.accumulation
-
-    @property
-    def rules(self) -> tuple[BalanceRule, ...]:
-        return self.model.moe.balance if self.model.moe is not None else ()

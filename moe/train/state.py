@@ -42,12 +42,10 @@ def init_state(config: RunConfig, tx: optax.GradientTransformation, key: jax.Arr
     """The state at step 0."""
     init_key, run_key = jax.random.split(key)
     params = param.pure(config.model.build(init_key))
-    L = config.model.num_moe_layers
-    E = config.model.moe.num_experts if config.model.moe is not None else 1
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         params=params,
-        balance={rule.name: rule.init_state(L, E) for rule in config.rules},
+        balance={rule.name: rule.init_state(config.model.exists_LE) for rule in config.balance},
         opt_state=tx.init(params),
         step=zero,
         key=run_key,

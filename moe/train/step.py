@@ -41,7 +41,7 @@ def make_step(
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        balance = {rule.name: rule.update(state.balance[rule.name], _need(share.statistics)) for rule in config.rules}
+        balance = {rule.name: rule.update(state.balance[rule.name], _need(share.statistics)) for rule in config.balance}
         moved = (params, opt_state, balance)
         kept = (state.params, state.opt_state, state.balance)
         params, opt_state, balance = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept)
@@ -78,23 +78,21 @@ def batch_gradient(
 ) -> tuple[jax.Array, Any, Share]:
     """Loss and gradient of the whole batch, and what its micro-batches left behind, stacked [A, ...]."""
     A, B = arrays["tokens"].shape[:2]
-    L = config.model.num_moe_layers
-    E = config.model.moe.num_experts if config.model.moe is not None else 1
     num_targets = jnp.maximum(real_targets(arrays["segment_ids"]).sum(), 1).astype(jnp.float32)
     num_tokens = jnp.maximum((arrays["segment_ids"][..., :-1] > 0).sum(), 1).astype(jnp.float32)
     before: Statistics | None = None
-    if any(rule.needs_prepass(A, B) for rule in config.rules):
+    if any(rule.needs_prepass(A, B) for rule in config.balance):
         with jax.named_scope("prepass"):
             before = _prepass(config, model, state, arrays)
 
     def micro(carries: dict[str, Any], index: jax.Array, one: Arrays) -> Any:
         batch = Batch(index, A, num_tokens, before)
         return jax.value_and_grad(share_of_loss, has_aux=True)(
-            state.params, model, config.rules, state.balance, carries, one, batch, num_targets,
+            state.params, model, config.balance, state.balance, carries, one, batch, num_targets,
             step=state.step, key=state.key,
         )  # fmt: skip
 
-    carries = {rule.name: rule.init_carry(L, E) for rule in config.rules}
+    carries = {rule.name: rule.init_carry(config.model.exists_LE) for rule in config.balance}
     if A == 1:
         (loss, (_, share)), grads = micro(carries, jnp.int32(0), {k: v[0] for k, v in arrays.items()})
         return loss, grads, jax.tree.map(lambda leaf: leaf[None], share)
@@ -111,7 +109,7 @@ def batch_gradient(
 
 def _prepass(config: RunConfig, model: Decoder, state: TrainState, arrays: Arrays) -> Statistics:
     """Statistics [A, L, B, ...] of the whole batch without gradient: same keys, bias and masks as the main pass."""
-    bias_LE = bias_of(model, config.rules, state.balance)
+    bias_LE = bias_of(model, config.balance, state.balance)
     B = arrays["tokens"].shape[1]
     params = jax.lax.stop_gradient(state.params)
 
@@ -137,9 +135,9 @@ def _metrics(config: RunConfig, state: TrainState, loss: jax.Array, grad_norm: j
     }
     if share.statistics is not None:
         stats = share.statistics
-        metrics |= summary(stats.count_BE.sum(axis=(0, 2)), stats.dropped_B.sum(axis=(0, 2)))
+        metrics |= summary(stats)
         metrics["load/tokens"] = stats.tokens_B[:, 0].sum()
-    for rule in config.rules:
+    for rule in config.balance:
         if rule.name in share.terms:
             value_L = share.terms[rule.name].sum(axis=0)
             metrics[f"balance/{rule.name}"] = value_L

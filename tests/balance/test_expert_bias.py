@@ -16,6 +16,7 @@ from moe.balance.statistics import statistics
 from moe.config import ConfigError, check
 from moe.routing.topk import TopKConfig
 from tests import oracle
+from tests.balance.made import made
 from tests.balance.test_load_balance import example, routed, sums
 from tests.routing.contexts import context_for
 
@@ -39,12 +40,7 @@ def test_the_update_equals_a_loop_over_groups(rule: Any, recentre: bool, scope: 
 
 def counts(*count_E: int) -> Statistics:
     """The whole batch is one sequence of one layer."""
-    zero = jnp.zeros((1, 1, 1))
-    tokens = jnp.array([[[sum(count_E) // 2]]], jnp.int32)
-    return Statistics(
-        count_BE=jnp.array([[[count_E]]], jnp.int32), prob_BE=jnp.zeros((1, 1, 1, len(count_E))), z_B=zero,
-        tokens_B=tokens, dropped_B=zero.astype(jnp.int32),
-    )  # fmt: skip
+    return made([[[count_E]]], tokens_B=jnp.array([[[sum(count_E) // 2]]], jnp.int32))
 
 
 def test_overloaded_experts_go_down_and_balanced_ones_stay() -> None:
@@ -117,8 +113,8 @@ def test_the_load_is_that_of_the_biased_map_before_drops() -> None:
 def test_biases_of_several_rules_add_up_and_rules_without_one_count_as_zero() -> None:
     rules = (ExpertBiasConfig(name="a"), LoadBalanceConfig(), ExpertBiasConfig(name="b"))
     states = {"a": {"bias": jnp.ones((2, 3))}, "load_balance": {}, "b": {"bias": 2 * jnp.ones((2, 3))}}
-    np.testing.assert_array_equal(selection_bias(rules, states, 2, 3), 3 * np.ones((2, 3)))
-    np.testing.assert_array_equal(selection_bias((), {}, 2, 3), np.zeros((2, 3)))
+    np.testing.assert_array_equal(selection_bias(rules, states, np.ones((2, 3), bool)), 3 * np.ones((2, 3)))
+    np.testing.assert_array_equal(selection_bias((), {}, np.ones((2, 3), bool)), np.zeros((2, 3)))
 
 
 def test_a_coefficient_or_a_rate_that_cannot_work_is_refused() -> None:

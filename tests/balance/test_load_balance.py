@@ -16,6 +16,7 @@ import pytest
 from moe.balance import Batch, LoadBalanceConfig, Statistics, ZLossConfig, load, summary
 from moe.config import ConfigError, check
 from tests import grid, oracle
+from tests.balance.made import made
 from tests.grid import EXPERTS, RULES, Cut
 
 RNG = np.random.default_rng(0)
@@ -33,9 +34,9 @@ def sums(logits_GSE: Any, mask_GS: np.ndarray, expert_GSK: np.ndarray) -> Statis
     hit = (expert_GSK[..., None] == np.arange(E)).sum(axis=2) * mask_GS[..., None]
     prob = jax.nn.softmax(logits_GSE, axis=-1) * mask_GS[..., None]
     z = jnp.square(jax.nn.logsumexp(logits_GSE, axis=-1)) * mask_GS
-    return Statistics(
-        count_BE=jnp.asarray(hit.sum(axis=1), jnp.int32)[None], prob_BE=prob.sum(axis=1)[None], z_B=z.sum(axis=1)[None],
-        tokens_B=jnp.asarray(mask_GS.sum(axis=1), jnp.int32)[None], dropped_B=jnp.zeros((1, len(mask_GS)), jnp.int32),
+    return made(
+        hit.sum(axis=1)[None], prob_BE=prob.sum(axis=1)[None], z_B=z.sum(axis=1)[None],
+        tokens_B=jnp.asarray(mask_GS.sum(axis=1), jnp.int32)[None],
     )  # fmt: skip
 
 
@@ -43,8 +44,8 @@ def term(rule: LoadBalanceConfig | ZLossConfig, stats: Statistics, state: Any = 
     """Value of a batch that is one micro-batch."""
     L, _, E = stats.count_BE.shape
     batch = Batch(jnp.int32(0), 1, stats.tokens_B[0].sum().astype(jnp.float32), None)
-    state = rule.init_state(L, E) if state is None else state
-    return rule.term(stats, batch, rule.init_carry(L, E), state)[0][0]
+    state = rule.init_state(np.ones((L, E), bool)) if state is None else state
+    return rule.term(stats, batch, rule.init_carry(np.ones((L, E), bool)), state)[0][0]
 
 
 def example(G: int = 8, S: int = 6, E: int = 5) -> tuple[np.ndarray, np.ndarray]:
@@ -187,7 +188,7 @@ def routing_of_the_grid() -> tuple[list[np.ndarray], list[np.ndarray], np.ndarra
     from moe.balance import selection_bias
 
     config, state = grid.model_config(), grid.train_state(RULES)
-    bias_LE = selection_bias(RULES, state.balance, grid.LAYERS, EXPERTS)
+    bias_LE = selection_bias(RULES, state.balance, config.exists_LE)
     context = oracle.context_of(grid.batch(), key=state.key, step=int(state.step))
     found = jax.jit(lambda *a: oracle.unrolled(config.abstract(), *a))(state.params, context, bias_LE)
     G, S = context.token_BS.shape
@@ -244,14 +245,14 @@ def test_groups_of_four_that_span_micro_batches_of_two_equal_those_of_one_micro_
 
 def test_lagged_starts_uniform_and_keeps_the_load_of_the_whole_batch() -> None:
     rule = LoadBalanceConfig(accumulation="lagged")
-    np.testing.assert_array_equal(rule.init_state(2, 8)["load"], np.full((2, 8), 0.125, np.float32))
+    np.testing.assert_array_equal(rule.init_state(np.ones((2, 8), bool))["load"], np.full((2, 8), 0.125, np.float32))
     logits, mask = example()
     _, experts = routed(logits, mask)
     stats = sums(logits, mask, experts)
     # Uniform f: E * sum_i P_i / E = 1, and no gradient at all.
     np.testing.assert_allclose(term(rule, stats), 1.0, rtol=1e-6)
     whole = jax.tree.map(lambda leaf: leaf[None], stats)
-    state = rule.update(rule.init_state(1, 5), whole)
+    state = rule.update(rule.init_state(np.ones((1, 5), bool)), whole)
     np.testing.assert_allclose(term(rule, stats, state), term(LoadBalanceConfig(), stats), rtol=1e-6)
 
 
@@ -282,7 +283,7 @@ def test_load_is_normalised_by_its_own_sum_and_zero_where_nothing_is_counted() -
 
 def test_the_summary_is_what_its_docstring_says_on_hand_made_loads() -> None:
     count = jnp.array([[5, 5, 5, 5], [20, 0, 0, 0], [10, 10, 0, 0]], jnp.int32)
-    found = summary(count, jnp.array([0, 5, 10]))
+    found = summary(made(count[None, :, None], dropped_B=jnp.array([0, 5, 10])[None, :, None]))
     np.testing.assert_allclose(found["load/max_violation"], [0, 3, 1])
     np.testing.assert_allclose(found["load/entropy"], [1, 0, 0.5], atol=1e-6)
     np.testing.assert_array_equal(found["load/dead"], [0, 3, 2])

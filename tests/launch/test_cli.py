@@ -47,9 +47,9 @@ def write(folder: Path, text: str) -> str:
         (["--optim.learning-rate", "1e-4"], ["optim.learning_rate: 0.003 -> 0.0001"]),
         (["--model.tie-embeddings", "False"], ["model.tie_embeddings: True -> False"]),
         (["--model.tie_embeddings", "True"], []),
-        (["--model.moe.balance.2.recentre", "True"], ["model.moe.balance.2.recentre: False -> True"]),
-        (["--model.moe.balance.0.scope", "2"], ["model.moe.balance.0.scope: 'global' -> 2"]),
-        (["--model.moe.balance.0.scope", "sequence"], ["model.moe.balance.0.scope: 'global' -> 'sequence'"]),
+        (["--balance.2.recentre", "True"], ["balance.2.recentre: False -> True"]),
+        (["--balance.0.scope", "2"], ["balance.0.scope: 'global' -> 2"]),
+        (["--balance.0.scope", "sequence"], ["balance.0.scope: 'global' -> 'sequence'"]),
         (["--data.source.domains", "code"], ["data.source.domains: ('english', 'headers') -> ('code',)"]),
         (["--profile", "3", "5"], ["profile: None -> (3, 5)"]),
         (["--init-from", "runs/a"], ["init_from: None -> 'runs/a'"]),
@@ -70,9 +70,9 @@ def test_the_last_of_two_words_for_a_field_wins_over_the_first_and_over_the_file
 
 
 def test_types_that_the_file_chose_stay() -> None:
-    config = override(debug.get_config(), ["--model.moe.balance.2.rate", "0.5"], "train")
+    config = override(debug.get_config(), ["--balance.2.rate", "0.5"], "train")
     assert isinstance(config, RunConfig) and config.model.moe is not None
-    rule = config.model.moe.balance[2]
+    rule = config.balance[2]
     assert isinstance(rule, ExpertBiasConfig) and rule.rate == 0.5
 
 

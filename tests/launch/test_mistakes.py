@@ -39,8 +39,7 @@ def place(tmp_path: Path) -> Path:
         "def get_config():\n    return _data(FilesConfig(paths=('none.jsonl',)))\n"
         "def tfds():\n    return _data(TfdsConfig(name='lm1b:1.1.0', data_dir='nowhere'))\n"
         "def twice():\n    c = debug.get_config()\n"
-        "    moe = dataclasses.replace(c.model.moe, balance=(LoadBalanceConfig(), LoadBalanceConfig()))\n"
-        "    return dataclasses.replace(c, model=dataclasses.replace(c.model, moe=moe))\n"
+        "    return dataclasses.replace(c, balance=(LoadBalanceConfig(), LoadBalanceConfig()))\n"
     )
     return tmp_path
 
@@ -79,15 +78,15 @@ FLAGS = {
     "no MoE layer": (["--model.moe-every", "5"], ["model.moe_every = 5"]),
     "ignored MLP": (["--model.dense-layers", "0"], ["model.mlp_hidden = 64", "ignored"]),
     "ignored accumulation mode": (
-        ["--model.moe.balance.0.scope", "sequence", "--model.moe.balance.0.accumulation", "buffer"],
-        ["model.moe.balance.0.accumulation = 'buffer'", "ignored"],
+        ["--balance.0.scope", "sequence", "--balance.0.accumulation", "buffer"],
+        ["balance.0.accumulation = 'buffer'", "ignored"],
     ),
-    "groups that do not divide": (["--model.moe.balance.0.scope", "3"], ["model.moe.balance.0.scope = 3", "2, 4, 8"]),
-    "scope 0": (["--model.moe.balance.0.scope", "0"], ["model.moe.balance.0.scope = 0"]),
-    "scope by a wrong name": (["--model.moe.balance.0.scope", "local"], ["--model.moe.balance.0.scope", "sequence"]),
-    "name of the language-model loss": (["--model.moe.balance.0.name", "lm"], ["model.moe.balance.0.name = 'lm'"]),
-    "negative coefficient": (["--model.moe.balance.0.coefficient", "-1"], ["model.moe.balance.0.coefficient = -1.0"]),
-    "coefficient of the bias": (["--model.moe.balance.2.coefficient", "1"], ["balance.2.coefficient", "rate"]),
+    "groups that do not divide": (["--balance.0.scope", "3"], ["balance.0.scope = 3", "2, 4, 8"]),
+    "scope 0": (["--balance.0.scope", "0"], ["balance.0.scope = 0"]),
+    "scope by a wrong name": (["--balance.0.scope", "local"], ["--balance.0.scope", "sequence"]),
+    "name of the language-model loss": (["--balance.0.name", "lm"], ["balance.0.name = 'lm'"]),
+    "negative coefficient": (["--balance.0.coefficient", "-1"], ["balance.0.coefficient = -1.0"]),
+    "coefficient of the bias": (["--balance.2.coefficient", "1"], ["balance.2.coefficient", "rate"]),
     "warm-up": (["--optim.schedule.warmup-steps", "20"], ["optim.schedule.warmup_steps = 20", "steps = 20"]),
     "learning rate": (["--optim.learning-rate", "0"], ["optim.learning_rate = 0.0", "greater than 0"]),
     "beta": (["--optim.beta2", "1"], ["optim.beta2 = 1.0"]),
@@ -112,7 +111,7 @@ SPECS = {
     "not a RunConfig": ("PLACE/number.py", ["RunConfig", "int"]),
     "missing file": ("PLACE/files.py", ["data.source.paths", "none.jsonl"]),
     "TFDS data set that is not there": ("PLACE/files.py:tfds", ["lm1b", "nowhere"]),
-    "two rules of one name": ("PLACE/files.py:twice", ["model.moe.balance.1.name = 'load_balance'"]),
+    "two rules of one name": ("PLACE/files.py:twice", ["balance.1.name = 'load_balance'"]),
 }
 
 

@@ -44,13 +44,11 @@ def test_stacks_spell_the_kinds_of_the_layers(sizes: tuple[int, int, int], kinds
 
 
 def small(**changes: Any) -> DecoderConfig:
-    return grid.model_config(rules=(), **changes)
+    return grid.model_config(**changes)
 
 
 MIXED = small(num_layers=6, dense_layers=1, moe_every=2, mlp_hidden=24)  # d | d m  d m | d
-SHARED = small(
-    moe=MoEConfig(num_experts=8, expert_hidden=16, shared_hidden=12, balance=(), router=TopKConfig(init_std=0.3))
-)
+SHARED = small(moe=MoEConfig(num_experts=8, expert_hidden=16, shared_hidden=12, router=TopKConfig(init_std=0.3)))
 CONFIGS = {
     "all moe": small(), "mixed": MIXED, "shared expert": SHARED, "untied": small(tie_embeddings=False),
     "dense": small(moe=None, mlp_hidden=24), "remat": small(remat="full", num_layers=3),
@@ -224,7 +222,7 @@ def test_the_whole_model_decodes_token_by_token_like_its_forward_pass() -> None:
         now = slice(t, t + 1)
         here = dataclasses.replace(
             context, token_BS=context.token_BS[:, now], segment_BS=context.segment_BS[:, now],
-            position_BS=context.position_BS[:, now],
+            position_BS=context.position_BS[:, now], task_BS=context.task_BS[:, now],
         )  # fmt: skip
         x = model.embed(here.token_BS)
         for i, block in enumerate(blocks):
@@ -263,7 +261,7 @@ def test_a_router_that_looks_ahead_is_refused() -> None:
         def build(self, key: jax.Array, width: int, num_experts: int) -> TopK:
             return LooksAhead(self, key, width, num_experts)
 
-    config = small(moe=MoEConfig(router=LooksAheadConfig(), balance=()))
+    config = small(moe=MoEConfig(router=LooksAheadConfig()))
     with pytest.raises(ConfigError, match=r"^model\.moe\.router = LooksAheadConfig: routes a token by later ones"):
         config.abstract()
 

@@ -46,7 +46,8 @@ def context_of(token_BS, start=0):
     token_BS = jnp.asarray(token_BS)
     B, S = token_BS.shape
     return Context(
-        token_BS=token_BS, segment_BS=jnp.ones_like(token_BS), sequence_B=jnp.arange(B, dtype=jnp.int32),
+        token_BS=token_BS, segment_BS=jnp.ones_like(token_BS), task_BS=jnp.zeros_like(token_BS),
+        sequence_B=jnp.arange(B, dtype=jnp.int32),
         position_BS=jnp.broadcast_to(start + jnp.arange(S, dtype=jnp.int32), (B, S)),
         step=jnp.int32(0), key=jax.random.key(0),
     )  # fmt: skip

@@ -71,7 +71,7 @@ def test_with_no_gradient_only_matrices_decay() -> None:
 
 
 def test_in_the_model_everything_but_the_norm_scales_decays() -> None:
-    config = RunConfig(model=grid.model_config(rules=()), optim=AdamWConfig(schedule=CONSTANT, weight_decay=0.5))
+    config = RunConfig(model=grid.model_config(), optim=AdamWConfig(schedule=CONSTANT, weight_decay=0.5))
     model = config.model.abstract()
     tx = make_optimizer(config, model)
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), param.pure(model))
@@ -105,7 +105,7 @@ def test_the_last_matching_pattern_scales_the_learning_rate() -> None:
 
 
 def test_a_pattern_that_matches_nothing_is_answered_with_the_nearest_paths() -> None:
-    params = param.pure(grid.model_config(rules=()).abstract())
+    params = param.pure(grid.model_config().abstract())
     with pytest.raises(
         ConfigError, match=r"optim.lr_scale = 'moe.w_gat\$': found in no parameter path; the nearest are .*w_gate"
     ):
@@ -123,7 +123,7 @@ def test_bad_numbers_are_refused() -> None:
 
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"expert": 8}, {"fsdp": 2, "expert": 2, "tensor": 2}], ids=str)
 def test_clipping_counts_every_parameter_once_on_a_sharded_mesh(sizes: dict[str, int]) -> None:
-    model = grid.model_config(rules=()).abstract()
+    model = grid.model_config().abstract()
     rng = np.random.default_rng(0)
     grads = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), param.pure(model))
     expected = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in jax.tree.leaves(grads)))

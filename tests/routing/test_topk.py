@@ -13,8 +13,8 @@ import pytest
 
 from moe import param
 from moe.config import ConfigError, check
-from moe.routing.base import Routing
-from moe.routing.topk import TopK, TopKConfig
+from moe.routing.base import LinearRouter, Routing
+from moe.routing.topk import TopKConfig
 from tests.routing.contexts import context_for
 
 LOGITS = np.log(np.array([8.0, 4.0, 2.0, 1.0, 1.0], np.float32))  # softmax: 1/2 1/4 1/8 1/16 1/16
@@ -24,7 +24,7 @@ def route(logits_E: Any, bias_E: Any = None, padding: int = 0, **fields: Any) ->
     """One sequence of one token (and `padding` more) with exactly these logits: x = 1, w_router = the logits."""
     logits_E = jnp.asarray(logits_E, jnp.float32)
     E = logits_E.shape[0]
-    router = param.bind(TopK(TopKConfig(**fields), jax.random.key(0), 1, E), {"w_router": logits_E[None]})
+    router = param.bind(LinearRouter(TopKConfig(**fields), jax.random.key(0), 1, E), {"w_router": logits_E[None]})
     context = context_for(1, 1 + padding, padding=padding)
     return router(jnp.ones((1, 1 + padding, 1)), context, jnp.zeros(E) if bias_E is None else jnp.asarray(bias_E))
 

@@ -36,7 +36,7 @@ def test_the_loss_of_a_uniform_model_is_log_vocabulary() -> None:
 
 
 def test_the_loss_of_a_batch_is_the_mean_over_its_real_targets() -> None:
-    arrays, state, config = grid.batch(), grid.train_state(()), grid.model_config(rules=())
+    arrays, state, config = grid.batch(), grid.train_state(()), grid.model_config()
     context = oracle.context_of(arrays, key=state.key, step=int(state.step))
     found = jax.jit(lambda *a: oracle.unrolled(config.abstract(), *a))(state.params, context, jnp.zeros((2, 8)))
     logits = np.asarray(found.logits, np.float64)
@@ -52,14 +52,10 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_real_targets() -> None:
 
 
 def run(rules: tuple, **model: object) -> None:
-    config = RunConfig(batch_size=32, steps=200, model=grid.model_config(rules=(), **model))
-    moe = config.model.moe
-    state = dataclasses.replace(grid.train_state(()), balance={rule.name: rule.init_state(2, 8) for rule in rules})
+    config = RunConfig(batch_size=32, steps=200, balance=rules, model=grid.model_config(**model))
+    states = {rule.name: rule.init_state(config.model.exists_LE) for rule in rules}
+    state = dataclasses.replace(grid.train_state(()), balance=states)
     arrays = {name: jnp.asarray(value)[None] for name, value in grid.batch().items()}
-    if moe is not None:
-        config = dataclasses.replace(
-            config, model=dataclasses.replace(config.model, moe=dataclasses.replace(moe, balance=rules))
-        )
     jax.eval_shape(lambda s, a: batch_gradient(config, config.model.abstract(), s, a), state, arrays)
 
 
