@@ -7,15 +7,15 @@ import pytest
 
 # Compilation is what tests pay for, not running. A step of the invariance grid takes 9 s as shipped, 5.7 s of CPU time
 # without LLVM optimisation, 3.0 s with the old emitters as well (a flag that jaxlib 0.12 refuses).
-_CHEAP = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+CHEAP = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if jax.__version_info__ < (0, 11):
-    _CHEAP += " --xla_cpu_use_fusion_emitters=false"
+    CHEAP += " --xla_cpu_use_fusion_emitters=false"
 
 
 def _start_backend() -> None:
     """XLA reads its flags once, here; then they are put back, so that processes started by tests run as shipped."""
     before = os.environ.get("XLA_FLAGS")
-    os.environ["XLA_FLAGS"] = f"{before or ''} {_CHEAP}"
+    os.environ["XLA_FLAGS"] = f"{before or ''} {CHEAP}"
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     assert len(jax.devices()) == 8
@@ -26,4 +26,4 @@ def _start_backend() -> None:
 
 
 _start_backend()
-pytest.register_assert_rewrite("tests.grid", "tests.oracle")
+pytest.register_assert_rewrite("tests.grid", "tests.oracle", "tests.routing.contract", "tests.routing.measuring")

@@ -47,5 +47,10 @@ class Dispatcher(Protocol):
 class DispatchConfig:
     """Base of every dispatcher's config; its type selects the dispatcher."""
 
+    @property
+    def uses_priority(self) -> bool:
+        """Whether the router's priority decides who stays when a buffer overflows."""
+        return False
+
     def build(self) -> Dispatcher:
         raise NotImplementedError(f"{type(self).__name__} must define build")

@@ -7,7 +7,9 @@ on any number of devices and at any accumulation. It is not invariant to padding
 longer sequence has a larger buffer. Dropped assignments add nothing to their token; the load keeps counting them, so a
 drop cannot hide an overload. Void assignments take no place.
 
-Who is dropped: `order` keeps the first in the sequence, `score` keeps the highest combine weights.
+Who is dropped: `order` keeps the first in the sequence, `score` keeps the highest combine weights, `priority` keeps
+the highest of what the router says (random token selection: `SwitchConfig(random_token_selection=True)`). Ties: the
+first stays. `score` and `priority` can let a later token evict an earlier one: not causal once something is dropped.
 Gradient: none to dropped assignments. Collectives: none.
 Source: Fedus et al. 2021 (arXiv 2101.03961, eq. 3); GShard (arXiv 2006.16668, algorithm 1) for the order rule.
 Differs from the paper: groups are sequences.
@@ -31,8 +33,13 @@ class CapacityConfig(DispatchConfig):
 
     capacity_factor: float = 1.25
     """Buffer size as a multiple of the balanced load."""
-    keep: Literal["order", "score"] = "order"
-    """Which assignments stay when a buffer overflows: the first ones, or those with the highest weight."""
+    keep: Literal["order", "score", "priority"] = "order"
+    """Which assignments stay when a buffer overflows: the first ones, those with the highest weight, or those the
+    router gives the highest priority."""
+
+    @property
+    def uses_priority(self) -> bool:
+        return self.keep == "priority"
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not self.capacity_factor > 0:
@@ -54,7 +61,7 @@ def _capacity(
     B, S, D = x_BSD.shape
     E = weights.gate_EDF.shape[0]
     weight_BR = routing.weight_BR
-    priority_BR = jax.lax.stop_gradient(weight_BR) if keep == "score" else jnp.zeros_like(weight_BR)
+    priority_BR = _priority(routing, keep)
     slots = jax.vmap(lambda expert_R, priority_R: _fill(expert_R, priority_R, E, size))
     assignment_BEC, dropped_B = slots(routing.expert_BR, priority_BR)
 
@@ -69,6 +76,17 @@ def _capacity(
     zeros = jnp.zeros((S, D), jnp.float32)
     y_BSD = jax.vmap(lambda t, y: zeros.at[t].add(y, mode="drop"))(token_BEC.reshape(B, -1), y_BTD)
     return y_BSD.astype(x_BSD.dtype), dropped_B
+
+
+def _priority(routing: Routing, keep: str) -> jax.Array:
+    if keep == "priority":
+        if routing.priority_BR is None:
+            raise ValueError(
+                "CapacityConfig.keep = 'priority': this router gives its assignments no priority; use 'order' or "
+                "'score', or a router that does, as SwitchConfig(random_token_selection=True)"
+            )
+        return routing.priority_BR
+    return jax.lax.stop_gradient(routing.weight_BR) if keep == "score" else jnp.zeros_like(routing.weight_BR)
 
 
 def _fill(expert_R: jax.Array, priority_R: jax.Array, num_experts: int, size: int) -> tuple[jax.Array, jax.Array]:

@@ -31,6 +31,7 @@ def dispatch(
     dispatcher: Dispatcher, x_BSD: jax.Array, routing: Routing, weights: ExpertWeights
 ) -> tuple[jax.Array, jax.Array]:
     """`dispatcher` over the mesh in use; the plain call without one. Shapes as in `Dispatcher`, all global."""
+    routing = dataclasses.replace(routing, select_BSE=None)  # no dispatcher reads scores, so none need travel
     if not axes.mesh_in_use():
         return dispatcher(x_BSD, routing, weights)
     batch = axes.spec(("batch",))

@@ -3,13 +3,14 @@
 Everything is kept per sequence. A sequence is the unit no cut of the batch divides, so statistics that are sums over
 sequences can be pooled over any scope afterwards, and the arrays are sharded like the batch.
 
-A new router is one class. Where logits are linear in the token, subclass `LinearRouterConfig` and define `route`; where
-they are not, subclass `RouterConfig` and let `build` return a `Router` of your own.
+A new router is one class. Where logits are linear in the token, subclass `LinearRouterConfig` (`LinearScoresConfig` if
+there is no K) and define `route`; where they are not, subclass `RouterConfig` and let `build` return a `Router` of your
+own.
 """
 
 import dataclasses
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,12 @@ class Context:
     key: jax.Array
     """Random key of this layer and step."""
     train: bool = dataclasses.field(default=False, metadata={"static": True})
+    routing: "Routing | None" = None
+    """Of a router that decides once for all layers; None where every layer has a router of its own."""
+    keep_choices: bool = dataclasses.field(default=False, metadata={"static": True})
+    """Whether the layers' statistics hold every single assignment, beside the sums."""
+    shortfall: tuple[float, int] | None = dataclasses.field(default=None, metadata={"static": True})
+    """(reach, bins) of the histogram of missing scores that the layers' statistics hold; see `quantile`."""
 
     @property
     def mask_BS(self) -> jax.Array:
@@ -83,6 +90,8 @@ class Routing:
     """Selection score of the last expert taken minus the first one left out; +inf for padding. No gradient."""
     priority_BR: jax.Array | None = None
     """Who stays when a buffer overflows: the highest first. None: the router has no opinion. No gradient."""
+    select_BSE: jax.Array | None = None
+    """Selection scores, bias included, whose best are taken; None: the router does not select so. No gradient."""
     slots: Slots | None = None
     """Set by routers that assign mixtures of tokens."""
     num_selected: int | None = dataclasses.field(default=None, metadata={"static": True})
@@ -99,13 +108,21 @@ class Router(nnx.Module):
     def __call__(self, x_BSD: jax.Array, context: Context, bias_E: jax.Array) -> Routing:
         raise NotImplementedError(f"{type(self).__name__} must define __call__")
 
+    def empty_cache(self, batch: int, length: int) -> Any:
+        """What `decode` remembers of the positions so far; () if the router looks at one token at a time."""
+        return ()
+
+    def decode(self, x_BSD: jax.Array, context: Context, bias_E: jax.Array, cache: Any) -> tuple[Routing, Any]:
+        """The same for S new positions that follow the cached ones."""
+        return self(x_BSD, context, bias_E), cache
+
     def symmetry(self, key: jax.Array, num_experts: int) -> tuple[jax.Array, "Router"] | None:
         """A random renaming under which the router is equivariant: (order_E, the router whose expert i is order[i]).
 
-        By default any permutation will do, and it permutes every parameter dimension that counts experts. A router
-        with less symmetry overrides this; None declares that there is none.
+        It permutes every parameter dimension that counts experts by `permutation`; None declares that there is none.
         """
-        order_E = jax.random.permutation(key, num_experts)
+        if (order_E := self.permutation(key, num_experts)) is None:
+            return None
         axes = param.logical_axes(self)
         is_axes = lambda part: isinstance(part, tuple)  # noqa: E731
 
@@ -115,6 +132,10 @@ class Router(nnx.Module):
             return value
 
         return order_E, param.bind(self, jax.tree.map(rename, axes, param.pure(self), is_leaf=is_axes))
+
+    def permutation(self, key: jax.Array, num_experts: int) -> jax.Array | None:
+        """A random order int32 [E] of the experts for `symmetry`: any, unless a router with less symmetry overrides."""
+        return jax.random.permutation(key, num_experts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,6 +148,8 @@ class RouterConfig:
     """Whether padding appended to a sequence leaves its routing as it was."""
     task_gradient: ClassVar[bool] = True
     """Whether the task's loss alone teaches every parameter of the router; where not, the docstring says why."""
+    uses_bias: ClassVar[bool] = True
+    """Whether the expert bias moves the selection; a bias rule beside a router that says False would do nothing."""
     all_layers: ClassVar[bool] = False
     """Whether one router decides once and every MoE layer of the model follows it."""
 
@@ -137,29 +160,25 @@ class RouterConfig:
         """Assignments per token on average, for counting parameters and FLOPs."""
         raise NotImplementedError(f"{type(self).__name__} must define experts_per_token")
 
+    @property
+    def gives_priority(self) -> bool:
+        """Whether its `Routing` says who stays when an expert's buffer overflows."""
+        return False
+
     def layer_problems(self, num_experts: int) -> Iterator[tuple[str, str]]:
         """Problems that show only once the number of experts is known."""
         yield from ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearRouterConfig(RouterConfig):
+class LinearScoresConfig(RouterConfig):
     """Base of routers whose logits are linear in the token: z = x W_router. Subclasses define `route`."""
 
-    num_selected: int = 2
-    """K, experts per token."""
     init_std: float = 0.02
     """Standard deviation of the router's initial weights."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        yield from at_least(self, num_selected=1, init_std=0)
-
-    def layer_problems(self, num_experts: int) -> Iterator[tuple[str, str]]:
-        if self.num_selected > num_experts:
-            yield "num_selected", f"must be at most num_experts = {num_experts}"
-
-    def experts_per_token(self, num_experts: int) -> float:
-        return self.num_selected
+        yield from at_least(self, init_std=0)
 
     def build(self, key: jax.Array, width: int, num_experts: int) -> "LinearRouter":
         return LinearRouter(self, key, width, num_experts)
@@ -172,15 +191,38 @@ class LinearRouterConfig(RouterConfig):
         """What is scored, from float32 tokens; jitter goes here."""
         return x_BSD
 
+    def permutation(self, key: jax.Array, num_experts: int) -> jax.Array | None:
+        """See `Router.permutation`."""
+        return jax.random.permutation(key, num_experts)
+
     def route(self, logits_BSE: jax.Array, context: Context, bias_E: jax.Array) -> Routing:
         """float32 logits -> Routing."""
         raise NotImplementedError(f"{type(self).__name__} must define route")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearRouterConfig(LinearScoresConfig):
+    """Base of routers with linear logits of which every token takes K experts. Subclasses define `route`."""
+
+    num_selected: int = 2
+    """K, experts per token."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
+        yield from at_least(self, num_selected=1)
+
+    def layer_problems(self, num_experts: int) -> Iterator[tuple[str, str]]:
+        if self.num_selected > num_experts:
+            yield "num_selected", f"must be at most num_experts = {num_experts}"
+
+    def experts_per_token(self, num_experts: int) -> float:
+        return self.num_selected
+
+
 class LinearRouter(Router):
     """x [B, S, D] any float dtype -> logits float32 [B, S, E] -> what its config makes of them."""
 
-    def __init__(self, config: LinearRouterConfig, key: jax.Array, width: int, num_experts: int):
+    def __init__(self, config: LinearScoresConfig, key: jax.Array, width: int, num_experts: int):
         self.config = config
         self.w_router = param.declare(config.initial(key, width, num_experts), ("embed", EXPERT_AXIS))
 
@@ -188,3 +230,6 @@ class LinearRouter(Router):
         x_BSD = self.config.inputs(x_BSD.astype(jnp.float32), context)
         logits_BSE = checkpoint_name(jnp.einsum("bsd,de->bse", x_BSD, self.w_router[...]), SAVED_NAME)
         return self.config.route(logits_BSE, context, bias_E)
+
+    def permutation(self, key: jax.Array, num_experts: int) -> jax.Array | None:
+        return self.config.permutation(key, num_experts)

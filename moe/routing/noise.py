@@ -27,3 +27,14 @@ def uniform(context: Context, count: int, purpose: int = 0, low: float = 0.0, hi
 def gumbel(context: Context, count: int, purpose: int = 0) -> jax.Array:
     """float32 [B, S, count], standard Gumbel."""
     return jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (count,), jnp.float32)))(token_keys(context, purpose))
+
+
+JITTER, PRIORITY, DROPOUT, CHOICE = 101, 102, 103, 104
+"""Purposes of the routers' own draws."""
+
+
+def jitter(x_BSD: jax.Array, context: Context, size: float) -> jax.Array:
+    """x * U(1 - size, 1 + size) elementwise, in training; x in evaluation, or with size 0."""
+    if not (context.train and size):
+        return x_BSD
+    return x_BSD * uniform(context, x_BSD.shape[-1], JITTER, 1.0 - size, 1.0 + size)

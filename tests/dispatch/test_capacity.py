@@ -4,6 +4,7 @@ Guards against: ties kept in an undefined order (Megatron's `position` policy), 
 are not counted (MaxText `ragged_buffer_factor`), a capacity that depends on the number of devices.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe.balance.statistics import statistics
 from moe.config import ConfigError, check
 from moe.dispatch import CapacityConfig, DenseConfig, ExpertWeights
 from moe.dispatch.capacity import _fill
@@ -56,12 +58,36 @@ def test_score_keeps_the_highest_weights_and_ties_go_to_the_first() -> None:
     assert found == ([[1, 3, 4, 5], [4, 5], [0, 1, 2, 3]], [2, 4, 2])
 
 
-@pytest.mark.parametrize("keep", ["order", "score"])
+def test_priority_keeps_what_the_router_says_and_ties_go_to_the_first() -> None:
+    priority = jnp.array([[0.1, 0.2, 0.9, 0.0, 0.8, 0.3], [0.0, 0.9, 0.0, 0.0, 0.0, 0.7], [0.5] * 6])
+    r = dataclasses.replace(routing(EXPERTS, WEIGHTS), priority_BR=priority)
+    config = CapacityConfig(capacity_factor=2 / 3, keep="priority")
+    assert kept(config, r) == ([[2, 3, 4, 5], [1, 5], [0, 1, 2, 3]], [2, 4, 2])
+
+
+def test_a_priority_does_not_change_the_load_and_is_ignored_by_other_rules() -> None:
+    r = routing(EXPERTS, WEIGHTS)
+    ranked = dataclasses.replace(r, priority_BR=jnp.arange(18.0).reshape(3, 6))
+    mask, nothing = jnp.ones((3, 6), bool), jnp.zeros((3,), jnp.int32)
+    counts = [statistics(one, mask, nothing).count_BE for one in (r, ranked)]
+    np.testing.assert_array_equal(counts[0], counts[1])
+    np.testing.assert_array_equal(counts[0], [[4, 2], [0, 6], [3, 3]])
+    for keep in ("order", "score"):
+        config = CapacityConfig(capacity_factor=2 / 3, keep=keep)  # type: ignore[arg-type]
+        assert kept(config, r) == kept(config, ranked)
+
+
+def test_a_router_without_priority_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"keep = 'priority': this router gives its assignments no priority"):
+        kept(CapacityConfig(keep="priority"), routing(EXPERTS, WEIGHTS))
+
+
+@pytest.mark.parametrize("keep", ["order", "score", "priority"])
 def test_void_assignments_take_no_place_and_are_not_dropped(keep: Any) -> None:
     experts = [[E, E, 0, E, 0, 0], [E] * 6]
-    found = kept(
-        CapacityConfig(capacity_factor=2 / 3, keep=keep), routing(experts, [[0.9, 0.9, 0.5, 0.9, 0.5, 0.5], [0.9] * 6])
-    )
+    weights = [[0.9, 0.9, 0.5, 0.9, 0.5, 0.5], [0.9] * 6]
+    r = dataclasses.replace(routing(experts, weights), priority_BR=jnp.array(weights))
+    found = kept(CapacityConfig(capacity_factor=2 / 3, keep=keep), r)
     assert found == ([[2, 4], []], [1, 0])
 
 

@@ -13,9 +13,21 @@ import pytest
 
 from moe import param
 from moe.config import ConfigError, check
-from moe.routing.base import LinearRouter, Routing
+from moe.routing.base import LinearRouter, RouterConfig, Routing
 from moe.routing.topk import TopKConfig
 from tests.routing.contexts import context_for
+
+EXAMPLES: list[RouterConfig] = [
+    TopKConfig(),
+    TopKConfig(num_selected=1),
+    TopKConfig(num_selected=2, normalise="sum", jitter=0.05),
+    TopKConfig(num_selected=8, normalise="softmax"),
+    TopKConfig(num_selected=2, score="sigmoid"),
+    TopKConfig(
+        num_selected=3, score="sigmoid", normalise="sum", scale=2.5, num_groups=4, num_groups_selected=2, jitter=0.01
+    ),
+    TopKConfig(num_selected=2, num_groups=4, num_groups_selected=2, group_score="max"),
+]
 
 LOGITS = np.log(np.array([8.0, 4.0, 2.0, 1.0, 1.0], np.float32))  # softmax: 1/2 1/4 1/8 1/16 1/16
 
@@ -123,3 +135,83 @@ def test_combinations_that_cannot_work_are_refused() -> None:
         check(TopKConfig(num_selected=0))
     with pytest.raises(ConfigError, match=r"scale = 0: must be greater than 0"):
         check(TopKConfig(scale=0))
+
+
+# Six experts in three groups: selection scores 0.30 0.01 | 0.20 0.19 | 0.25 0.05 (softmax of their logarithms).
+GROUPED = np.log(np.array([0.30, 0.01, 0.20, 0.19, 0.25, 0.05], np.float32))
+
+
+def test_the_best_groups_are_chosen_by_their_two_best_experts_or_by_the_best_one() -> None:
+    two = {"num_groups": 3, "num_groups_selected": 1}
+    # Sums of two: 0.31, 0.39, 0.30; maxima: 0.30, 0.20, 0.25.
+    np.testing.assert_array_equal(route(GROUPED, **two).expert_BR, [[2, 3]])
+    np.testing.assert_array_equal(route(GROUPED, group_score="max", **two).expert_BR, [[0, 1]])
+    two["num_groups_selected"] = 2
+    np.testing.assert_array_equal(route(GROUPED, **two).expert_BR, [[0, 2]])
+    np.testing.assert_array_equal(route(GROUPED, group_score="max", **two).expert_BR, [[0, 4]])
+
+
+def test_groups_move_the_selection_and_neither_weights_nor_probabilities() -> None:
+    plain, grouped = route(GROUPED), route(GROUPED, num_groups=3, num_groups_selected=1)
+    np.testing.assert_allclose(grouped.weight_BR, [[0.20, 0.19]], rtol=1e-5)
+    np.testing.assert_array_equal(grouped.probs_BSE, plain.probs_BSE)
+    assert np.isinf(grouped.margin_BS).all(), "both experts of the one open group are taken"
+    found = route(GROUPED, num_groups=3, num_groups_selected=2, num_selected=3)
+    np.testing.assert_allclose(found.margin_BS, [[0.19 - 0.01]], rtol=1e-4)
+
+
+def test_the_bias_enters_the_score_of_a_group() -> None:
+    fields = {"num_groups": 3, "num_groups_selected": 1}
+    found = route(GROUPED, bias_E=[0, 0.1, 0, 0, 0, 0], **fields)  # 0.30 + 0.11 > 0.39
+    np.testing.assert_array_equal(found.expert_BR, [[0, 1]])
+    np.testing.assert_allclose(found.weight_BR, [[0.30, 0.01]], rtol=1e-5)
+
+
+def test_every_token_stays_within_its_best_groups_as_a_slow_loop_finds_them() -> None:
+    rng = np.random.default_rng(0)
+    for logits in rng.normal(0, 2, (4, 12)):
+        bias = rng.normal(0, 0.2, 12)
+        score = 1 / (1 + np.exp(-logits)) + bias
+        groups = sorted(range(4), key=lambda g: -np.sort(score[3 * g : 3 * g + 3])[-2:].sum())[:2]
+        open_experts = [e for e in range(12) if e // 3 in groups]
+        expected = sorted(open_experts, key=lambda e: -score[e])[:4]
+        found = route(logits, bias, score="sigmoid", num_groups=4, num_groups_selected=2, num_selected=4)
+        np.testing.assert_array_equal(found.expert_BR[0], expected)
+
+
+def test_renaming_with_groups_keeps_groups_together() -> None:
+    config = TopKConfig(num_groups=4, num_groups_selected=2)
+    orders = [np.asarray(config.permutation(jax.random.key(seed), 12)) for seed in range(8)]
+    for order in orders:
+        assert sorted(order) == list(range(12))
+        assert all(len({e // 3 for e in order[3 * g : 3 * g + 3]}) == 1 for g in range(4))
+    assert len({tuple(order // 3) for order in orders}) > 1 and len({tuple(order % 3) for order in orders}) > 1
+
+
+def test_jitter_scales_every_input_within_its_bounds_and_only_in_training() -> None:
+    config, x = TopKConfig(jitter=0.1), jnp.ones((2, 16, 8))
+    found = np.asarray(config.inputs(x, context_for(2, 16)))
+    assert found.min() >= 0.9 and found.max() <= 1.1 and found.std() > 0.04  # uniform: 0.2 / sqrt(12) = 0.058
+    np.testing.assert_allclose(found.mean(), 1.0, atol=0.02)
+    np.testing.assert_array_equal(config.inputs(x, context_for(2, 16, train=False)), x)
+    np.testing.assert_array_equal(TopKConfig().inputs(x, context_for(2, 16)), x)
+
+
+def test_groups_and_jitter_that_cannot_work_are_refused() -> None:
+    for fields, message in [
+        ({"num_groups_selected": 2}, r"num_groups_selected = 2: must be at most num_groups = 1"),
+        ({"num_groups": 2, "num_groups_selected": 2}, r"num_groups_selected = 2: must be less than num_groups = 2"),
+        ({"group_score": "max"}, r"group_score = 'max': is ignored when num_groups is 1"),
+        ({"num_groups": 0}, r"num_groups = 0: must be at least 1"),
+        ({"jitter": 1.0}, r"jitter = 1.0: must be less than 1"),
+        ({"jitter": -0.1}, r"jitter = -0.1: must be at least 0"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            check(TopKConfig(**fields))
+    assert dict(TopKConfig(num_groups=3).layer_problems(8)) == {"num_groups": "must divide num_experts = 8"}
+    limit = dict(TopKConfig(num_groups=4, num_selected=3).layer_problems(8))
+    assert limit == {"num_selected": "must be at most 2: 1 groups of 2 experts can be chosen"}
+    assert (
+        "needs groups of 2 experts" in dict(TopKConfig(num_groups=8, num_selected=1).layer_problems(8))["group_score"]
+    )
+    assert not dict(TopKConfig(num_groups=8, num_selected=1, group_score="max").layer_problems(8))
