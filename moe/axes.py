@@ -33,6 +33,10 @@ TABLE: dict[str, tuple[str, ...] | str | None] = {
     "experts": EXPERT,
     "expert_mlp": TENSOR,  # F of an expert
     "router_experts": None,  # E of a router: every device scores every expert
+    "memory_slots": None,  # rows of a memory's table: every device holds a slice of each row
+    "memory_width": (FSDP, EXPERT, TENSOR),  # D of such a table
+    "memory_batch": DATA,  # sequences, while a memory is read: the axes that cut its width cannot cut them too
+    "memory_slice": (FSDP, EXPERT),  # D on the way between the two: without it XLA replicates what it moves
     "norm": None,
     "accumulation": None,
 }

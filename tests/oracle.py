@@ -10,7 +10,10 @@ from flax import nnx
 
 from moe import param
 from moe.balance.statistics import Statistics
+from moe.layers.base import Sublayer
+from moe.layers.parallel import Parallel
 from moe.models import Decoder
+from moe.models.residual import Residual
 from moe.routing.base import Context, Routing
 from moe.train.loss import forward
 
@@ -22,28 +25,40 @@ class Unrolled(NamedTuple):
     routings: list[Routing]
     """Of the MoE layers, in order."""
     statistics: list[Statistics]
+    stream: list[jax.Array]
+    """The embedding, and the residual stream after every sublayer."""
 
 
 def unrolled(model: Decoder, params: Any, context: Context, bias_LE: Any) -> Unrolled:
-    """The decoder as a Python loop over its layers: no scan, no remat, no jit."""
+    """The decoder as a Python loop over its sublayers: no scan, no remat, no jit."""
     bound = param.bind(model, params)
     x = bound.embed(context.token_BS)
-    routings, sums, layer, moe_layer = [], [], 0, 0
-    for blocks in bound.stacks:
-        graph, state = nnx.split(blocks)
+    out = Unrolled(x, [], [], [x])
+    for place, residual in enumerate(residuals(bound)):
+        here = dataclasses.replace(context, key=jax.random.fold_in(context.key, place))
+        moe = next((part for part in parts_of(residual.sublayer) if hasattr(part, "router")), None)
+        bias = jnp.zeros(0)
+        if moe is not None:
+            bias = bias_LE[len(out.routings)][: model.config.num_experts_L[len(out.routings)]]
+            out.routings.append(moe.router(residual.read(x), here, bias))
+        x, found = residual(x, here, bias)
+        out.statistics.extend([found] if found is not None else [])
+        out.stream.append(x)
+    return out._replace(logits=bound.unembed(x))
+
+
+def residuals(bound: Decoder) -> list[Residual]:
+    """Every sublayer with its norms and its own parameters, in order."""
+    found = []
+    for pattern in bound.stacks:
+        graph, state = nnx.split(pattern)
         for repeat in range(jax.tree.leaves(state)[0].shape[0]):
-            here = dataclasses.replace(context, key=jax.random.fold_in(context.key, layer))
-            for block in nnx.merge(graph, jax.tree.map(lambda leaf, i=repeat: leaf[i], state)):
-                bias = None
-                if block.kind == "moe":
-                    bias = bias_LE[moe_layer]
-                    mixed = block.attention(block.attention_norm(x), here.position_BS, here.segment_BS)
-                    routings.append(block.moe.router(block.mlp_norm(x + mixed), here, bias))
-                    moe_layer += 1
-                x, found = block(x, here, bias)
-                sums += [found] if found is not None else []
-            layer += 1
-    return Unrolled(bound.unembed(x), routings, sums)
+            found += nnx.merge(graph, jax.tree.map(lambda leaf, i=repeat: leaf[i], state))
+    return found
+
+
+def parts_of(sublayer: Sublayer) -> tuple[Sublayer, ...]:
+    return sublayer.parts if isinstance(sublayer, Parallel) else (sublayer,)
 
 
 def context_of(arrays: dict[str, Any], key: jax.Array | None = None, step: int = 0, train: bool = True) -> Context:
@@ -51,9 +66,8 @@ def context_of(arrays: dict[str, Any], key: jax.Array | None = None, step: int =
     found = []
 
     class Catch:
-        def __call__(self, context: Context, bias: Any) -> Any:
+        def predict(self, context: Context, bias: Any) -> Any:
             found.append(context)
-            return None, None
 
     original = param.bind
     param.bind = lambda model, params: Catch()  # type: ignore[assignment]

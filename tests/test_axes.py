@@ -37,7 +37,8 @@ def test_specs_follow_the_table() -> None:
     golden = {
         "batch": batch, "position": None, "embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor",
         "head_width": None, "mlp": "tensor", "experts": "expert", "expert_mlp": "tensor", "router_experts": None,
-        "norm": None, "accumulation": None,
+        "norm": None, "accumulation": None, "memory_slots": None, "memory_width": ("fsdp", "expert", "tensor"),
+        "memory_batch": "data", "memory_slice": ("fsdp", "expert"),
     }  # fmt: skip
     assert golden == axes.TABLE
     assert {name: axes.spec((name,)) for name in golden} == {name: PartitionSpec(to) for name, to in golden.items()}
@@ -124,12 +125,12 @@ EXPECTED = {  # of the grid's model; the leading layer dimension is not cut
     "stacks.0.0.attention.w_out": PartitionSpec(None, "tensor", None, "fsdp"),
     "stacks.0.0.attention.w_query": PartitionSpec(None, "fsdp", "tensor", None),
     "stacks.0.0.attention.w_value": PartitionSpec(None, "fsdp", "tensor", None),
-    "stacks.0.0.attention_norm.scale": PartitionSpec(None, None),
-    "stacks.0.0.mlp_norm.scale": PartitionSpec(None, None),
-    "stacks.0.0.moe.router.w_router": PartitionSpec(None, "fsdp", None),
-    "stacks.0.0.moe.w_down": PartitionSpec(None, "expert", "tensor", "fsdp"),
-    "stacks.0.0.moe.w_gate": PartitionSpec(None, "expert", "fsdp", "tensor"),
-    "stacks.0.0.moe.w_up": PartitionSpec(None, "expert", "fsdp", "tensor"),
+    "stacks.0.0.norm.scale": PartitionSpec(None, None),
+    "stacks.0.1.norm.scale": PartitionSpec(None, None),
+    "stacks.0.1.moe.router.w_router": PartitionSpec(None, "fsdp", None),
+    "stacks.0.1.moe.w_down": PartitionSpec(None, "expert", "tensor", "fsdp"),
+    "stacks.0.1.moe.w_gate": PartitionSpec(None, "expert", "fsdp", "tensor"),
+    "stacks.0.1.moe.w_up": PartitionSpec(None, "expert", "fsdp", "tensor"),
 }
 
 
@@ -148,7 +149,7 @@ def test_parameters_and_moments_really_lie_in_shards(sizes: dict[str, int]) -> N
     with jax.set_mesh(mesh):
         state = create_state(config, tx, state_shardings(config, model, tx, mesh))
     whole = dict(mesh.shape)
-    gate = state.params["stacks"][0][0]["moe"]["w_gate"]
+    gate = state.params["stacks"][0][1]["moe"]["w_gate"]
     shard = cut((8, 32, 16), ("experts", "embed", "expert_mlp"), whole)
     assert {s.data.shape for s in gate.addressable_shards} == {(2, *shard)}
     assert len({str(s.index) for s in gate.addressable_shards}) == 8, "two devices hold the same piece"

@@ -70,15 +70,15 @@ UNTIED = dataclasses.replace(debug.get_config().model, tie_embeddings=False)  # 
 MESH = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
 # V = 264, D = 32, N = 4, M = 2, H = 8, E = 8, F = 32 (experts, shared) or 64 (dense); shards by hand.
 ATTENTION = {"w_query": (16, 2, 8), "w_key": (16, 1, 8), "w_value": (16, 1, 8), "w_out": (2, 8, 16)}
-EVERY_LAYER = {f"attention.{name}": shape for name, shape in ATTENTION.items()}
-EVERY_LAYER |= {"attention_norm.scale": (32,), "mlp_norm.scale": (32,)}
-DENSE_LAYER = {"mlp.w_gate": (16, 32), "mlp.w_up": (16, 32), "mlp.w_down": (32, 16)}
+EVERY_LAYER = {f"0.attention.{name}": shape for name, shape in ATTENTION.items()}
+EVERY_LAYER |= {"0.norm.scale": (32,), "1.norm.scale": (32,)}
+DENSE_LAYER = {"1.mlp.w_gate": (16, 32), "1.mlp.w_up": (16, 32), "1.mlp.w_down": (32, 16)}
 MOE_LAYER = {"w_gate": (4, 16, 16), "w_up": (4, 16, 16), "w_down": (4, 16, 16), "router.w_router": (16, 8)}
 MOE_LAYER |= {f"shared.{name}": (16, 16) for name in ("w_gate", "w_up", "w_down")}
 SHARDS = {"embedding": (132, 16), "head": (16, 132), "final_norm.scale": (32,)}
-SHARDS |= {f"stacks.0.0.{name}": (1, *shape) for name, shape in (EVERY_LAYER | DENSE_LAYER).items()}
-SHARDS |= {f"stacks.1.0.{name}": (2, *shape) for name, shape in EVERY_LAYER.items()}
-SHARDS |= {f"stacks.1.0.moe.{name}": (2, *shape) for name, shape in MOE_LAYER.items()}
+SHARDS |= {f"stacks.0.{name}": (1, *shape) for name, shape in (EVERY_LAYER | DENSE_LAYER).items()}
+SHARDS |= {f"stacks.1.{name}": (2, *shape) for name, shape in EVERY_LAYER.items()}
+SHARDS |= {f"stacks.1.1.moe.{name}": (2, *shape) for name, shape in MOE_LAYER.items()}
 
 
 def test_shards_on_eight_devices_have_the_shapes_of_the_table_and_hold_the_same_numbers() -> None:
@@ -95,7 +95,7 @@ def test_shards_on_eight_devices_have_the_shapes_of_the_table_and_hold_the_same_
     }
     assert len(found) == len(jax.tree.leaves(nnx.state(model)))  # there is no state that is not a parameter
     # Experts lie on the devices of their own part of the expert axis, in order.
-    for shard in found["stacks.1.0.moe.w_gate"].addressable_shards:
+    for shard in found["stacks.1.1.moe.w_gate"].addressable_shards:
         _, fsdp, expert, tensor = (int(i[0]) for i in np.nonzero(mesh.devices == shard.device))
         assert tuple(index.start or 0 for index in shard.index) == (0, 4 * expert, 16 * fsdp, 16 * tensor)
     jax.tree.map(

@@ -5,6 +5,7 @@ Attention, MLP, experts, memories and combinations of them are all sublayers: a 
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import jax
@@ -36,6 +37,10 @@ class SublayerConfig:
 
     label: ClassVar[str] = "layer"
     """Name of the sublayer in the paths of its parameters."""
+    mixes_tokens: ClassVar[bool] = False
+    """Whether a token's output depends on other tokens by design, as in attention."""
+    output_scale: ClassVar[float] = 0.432
+    """Standard deviation a sandwich norm gives the output at step 0, times sqrt(depth): `moe.models.residual`."""
 
     def build(self, key: jax.Array, width: int, init_std: float, out_std: float) -> Sublayer:
         """`out_std` is for the weights that write into the residual stream, `init_std` for all others."""
@@ -48,8 +53,17 @@ class SublayerConfig:
 
     @property
     def active_share(self) -> float:
-        """Share of the parameters on the axis `experts` that one token passes through."""
+        """Share of the parameters on the axes `experts` and `memory_slots` that one token passes through."""
         return 1.0
+
+    @property
+    def router_only_scales(self) -> bool:
+        """Whether the router's weight is but a factor on a token's whole output, which a norm would divide out."""
+        return False
+
+    def divisible(self) -> Iterator[tuple[str, int, str]]:
+        """(field, size, mesh axis) for every size that the mesh axis must divide."""
+        yield from ()
 
     def multiply_adds(self, width: int, seq_len: int) -> float:
         """Multiply-adds of one token's forward pass, matrix products alone."""

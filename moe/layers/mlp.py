@@ -3,11 +3,40 @@
 Source: Shazeer 2020 (arXiv 2002.05202), eq. 6. Differs from the paper: no difference known.
 """
 
+import dataclasses
+from collections.abc import Iterator
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from moe import param
+from moe.config import at_least
+from moe.layers.base import Sublayer, SublayerConfig
+from moe.routing.base import Context
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MLPConfig(SublayerConfig):
+    """A dense gated MLP."""
+
+    label: ClassVar[str] = "mlp"
+
+    hidden: int = 256
+    """Hidden width."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from at_least(self, hidden=1)
+
+    def build(self, key: jax.Array, width: int, init_std: float, out_std: float) -> Sublayer:
+        return MLPLayer(key, width, self.hidden, init_std, out_std)
+
+    def divisible(self) -> Iterator[tuple[str, int, str]]:
+        yield "hidden", self.hidden, "tensor"
+
+    def multiply_adds(self, width: int, seq_len: int) -> float:
+        return 3 * width * self.hidden
 
 
 class MLP(nnx.Module):
@@ -22,3 +51,10 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, up, down = (w[...].astype(x.dtype) for w in (self.w_gate, self.w_up, self.w_down))
         return jnp.einsum("...f,fd->...d", jax.nn.silu(x @ gate) * (x @ up), down)
+
+
+class MLPLayer(MLP, Sublayer):
+    """`MLP` between two points of the residual stream."""
+
+    def __call__(self, x_BSD: jax.Array, context: Context, bias_E: jax.Array) -> tuple[jax.Array, None]:  # type: ignore[override]
+        return MLP.__call__(self, x_BSD), None

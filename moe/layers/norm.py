@@ -11,8 +11,10 @@ from moe import param
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, width: int, eps: float = 1e-6):
-        self.scale = param.declare(jnp.ones((width,), jnp.float32), ("norm",))
+    """x [..., width] -> the same shape and dtype; `scale` [width] starts at `gain`."""
+
+    def __init__(self, width: int, eps: float = 1e-6, gain: float = 1.0):
+        self.scale = param.declare(jnp.full((width,), gain, jnp.float32), ("norm",))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:

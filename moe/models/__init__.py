@@ -1,5 +1,5 @@
 """Models built from blocks."""
 
-from moe.models.decoder import Decoder, DecoderConfig
+from moe.models.decoder import Decoder, DecoderConfig, Predictions
 
-__all__ = ["Decoder", "DecoderConfig"]
+__all__ = ["Decoder", "DecoderConfig", "Predictions"]

@@ -1,40 +1,39 @@
-"""Decoder-only transformer with MoE layers at a configurable rhythm, run by `jax.lax.scan` over stacked layers.
+"""Decoder-only transformer: a residual stream that passes through a list of sublayers, run by `jax.lax.scan`.
 
-Compile time and program size do not grow with depth: a stack of equal patterns is one loop. Parameters are float32;
+The layers follow a rhythm of attention, dense MLP and experts, or are spelled out as stacks (`moe.models.layout`).
+Compile time and program size do not grow with depth: a stack is one loop over its repeats. Parameters are float32;
 `compute_dtype` is the dtype of activations and matrix products; norms, softmax, router and logits are float32.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_policies
 
 from moe import param
 from moe.axes import constrain
 from moe.balance.statistics import Statistics
-from moe.config import at_least, check
-from moe.layers.attention import AttentionConfig, Cache
+from moe.config import at_least, check, walk
+from moe.layers.attention import AttentionConfig
+from moe.layers.base import SublayerConfig
+from moe.layers.mlp import MLPConfig
 from moe.layers.moe import MoEConfig
 from moe.layers.norm import RMSNorm
-from moe.models.block import Block
-from moe.models.layout import DENSE, MOE, Stack, layer_kinds, stacks
-from moe.routing.base import SAVED_NAME, Context
+from moe.models import scan
+from moe.models.ahead import AheadConfig, Merge, ahead
+from moe.models.layout import StackConfig, Stacks, first_block, in_order, rhythm, split_at
+from moe.models.residual import Norm
+from moe.routing.base import Context, RouterConfig
 
-_save_router = checkpoint_policies.save_only_these_names(SAVED_NAME)
-_POLICIES: dict[str, Callable[..., Any]] = {
-    "full": _save_router,
-    "dots": checkpoint_policies.save_from_both_policies(
-        checkpoint_policies.dots_with_no_batch_dims_saveable, _save_router
-    ),
-}
-Caches = tuple[tuple[Cache, ...], ...]
-"""For every stack, for every block of its pattern: keys and values [R, B, X, M, H] and length [R] of its R repeats."""
+_RHYTHM = ("num_layers", "dense_layers", "moe_every", "mlp_hidden", "attention", "moe")
+Caches = tuple[Any, ...]
+"""For every stack, for every sublayer of its pattern: what it remembers, stacked over the stack's R repeats; behind the
+stacks, what a router that decides for all layers remembers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,7 @@ class DecoderConfig:
     width: int = 128
     """D."""
     num_layers: int = 4
-    """L."""
+    """L, layers of attention and one feed-forward each."""
     dense_layers: int = 0
     """Leading layers with a dense MLP whatever the rhythm."""
     moe_every: int = 1
@@ -55,6 +54,16 @@ class DecoderConfig:
     """Hidden width of the dense layers' MLP; 0 if every layer is MoE."""
     attention: AttentionConfig = AttentionConfig()
     moe: MoEConfig | None = MoEConfig()
+    stacks: tuple[StackConfig, ...] = ()
+    """The layers spelled out, in place of the rhythm (num_layers, dense_layers, moe_every, mlp_hidden, attention,
+    moe)."""
+    norm: Norm = "pre"
+    """Where norms stand: on a sublayer's input (pre), behind its residual (post), on input and output (sandwich), on
+    attention's heads and behind it (hybrid), or that with an ordinary first block (hybrid_star)."""
+    allow_non_causal: bool = False
+    """Allow routers that look at later tokens; the model's loss is then no longer that of a language model."""
+    ahead: AheadConfig | None = None
+    """Multi-token prediction; None: only the next token is predicted."""
     tie_embeddings: bool = True
     """Use the token embedding as output projection too."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -62,10 +71,22 @@ class DecoderConfig:
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but matrix products, or all. Router outputs are kept."""
     init_std: float = 0.02
-    """Standard deviation of initial weights; output projections get init_std / sqrt(2 L)."""
+    """Standard deviation of initial weights; output projections get init_std / sqrt(number of sublayers)."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        yield from at_least(self, vocab_size=2, width=2, num_layers=1, dense_layers=0, moe_every=1)
+        yield from at_least(self, vocab_size=2, width=2)
+        yield from self._spelled_problems() if self.stacks else self._rhythm_problems()
+        yield from self._norm_problems()
+        yield from self._decider_problems()
+        if not self.init_std > 0:
+            yield "init_std", "must be greater than 0"
+        if self.allow_non_causal and not self.non_causal:
+            yield "allow_non_causal", "is ignored, as no router looks at later tokens; leave it False"
+        for path in () if self.allow_non_causal else self.non_causal:
+            yield path, "looks at later tokens; to train with it all the same set model.allow_non_causal=True"
+
+    def _rhythm_problems(self) -> Iterator[tuple[str, str]]:
+        yield from at_least(self, num_layers=1, dense_layers=0, moe_every=1)
         if self.dense_layers > self.num_layers:
             yield "dense_layers", f"must be at most num_layers = {self.num_layers}"
         if self.moe is not None and not self.num_moe_layers:
@@ -73,36 +94,96 @@ class DecoderConfig:
                 "moe_every",
                 f"leaves no MoE layer among num_layers = {self.num_layers}; set moe=None for a dense model",
             )
-        num_dense = self.kinds.count(DENSE)
+        num_dense = sum(1 for config in in_order(self.trunk) if isinstance(config, MLPConfig))
         if num_dense and self.mlp_hidden < 1:
             yield "mlp_hidden", f"must be at least 1: {num_dense} of {self.num_layers} layers are dense"
         if not num_dense and self.mlp_hidden != 0:
             yield "mlp_hidden", "is ignored, as no layer is dense; leave it at 0"
-        if not self.init_std > 0:
-            yield "init_std", "must be greater than 0"
+
+    def _spelled_problems(self) -> Iterator[tuple[str, str]]:
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in _RHYTHM:
+            if getattr(self, name) != default[name]:
+                yield name, "is ignored, as `stacks` spells the layers out; leave it at its default"
+
+    def _norm_problems(self) -> Iterator[tuple[str, str]]:
+        for prefix, config in self.sublayers:
+            if self.norm.startswith("hybrid") and config.mixes_tokens and getattr(config, "head_norm", "") != "qkv":
+                field = prefix + "head_norm" if hasattr(config, "head_norm") else prefix[:-1]
+                yield field, f"must have head_norm='qkv', as norm={self.norm!r} does not normalise its input"
+            if self.norm == "sandwich" and config.router_only_scales:
+                yield (
+                    "norm",
+                    f"would divide out the only weight of model.{prefix[:-1]}, one expert a token and none shared: the"
+                    " task could not teach the router; use two experts a token, a shared expert or another norm",
+                )
+
+    def _decider_problems(self) -> Iterator[tuple[str, str]]:
+        paths = [prefix for prefix, config in self.sublayers if _decider(config) is not None]
+        if len({_decider(config) for _, config in self.sublayers} - {None}) > 1:
+            yield f"{paths[1]}router", f"must be {paths[0]}router, with as many experts: one router decides for all"
+        if paths and self.ahead is not None:
+            yield "ahead", f"must be None with {paths[0]}router, which does not decide for tokens further ahead"
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        """Kind of every layer, in order."""
-        return layer_kinds(self.num_layers, self.dense_layers, self._every)
+    def decider(self) -> tuple[RouterConfig, int] | None:
+        """The router that decides once for all layers that name it, and its number of experts; None: there is none."""
+        return next((found for _, config in self.sublayers if (found := _decider(config)) is not None), None)
 
     @property
-    def layout(self) -> tuple[Stack, ...]:
-        """The layers as the model's scans: one tuple of stacks for parameters and caches alike."""
-        return stacks(self.num_layers, self.dense_layers, self._every)
+    def layout(self) -> Stacks:
+        """The layers as the model's scans, in the order of their parameters: the trunk, then the blocks of `ahead`."""
+        return self.trunk + (self.ahead.stacks(self.trunk) if self.ahead is not None else ())
 
     @property
-    def _every(self) -> int:
-        return self.moe_every if self.moe is not None else self.num_layers + 1
+    def trunk(self) -> Stacks:
+        """The layers that lead to the next token's logits."""
+        stacks = self.stacks or rhythm(
+            self.attention, MLPConfig(hidden=self.mlp_hidden), self.moe,
+            num_layers=self.num_layers, dense_layers=self.dense_layers, every=self.moe_every,
+        )  # fmt: skip
+        return split_at(stacks, first_block(stacks)) if self.norm == "hybrid_star" else stacks
+
+    @property
+    def sublayers(self) -> list[tuple[str, SublayerConfig]]:
+        """(what stands before the name of a field in this config, config) for every sublayer, repeats left out."""
+        if self.stacks:
+            return [
+                (f"stacks.{number}.layers.{index}.", config)
+                for number, stack in enumerate(self.stacks)
+                for index, config in enumerate(stack.layers)
+            ]
+        found: dict[SublayerConfig, str] = {self.attention: "attention.", MLPConfig(hidden=self.mlp_hidden): "mlp_"}
+        if self.moe is not None:
+            found[self.moe] = "moe."
+        used = set(in_order(self.layout))
+        return [(prefix, config) for config, prefix in found.items() if config in used]
+
+    @property
+    def non_causal(self) -> list[str]:
+        """Paths, in this config, of routers that look at later tokens."""
+        parts = walk(self)
+        return [path[:-1] for path, part in parts if isinstance(part, RouterConfig) and not part.causal]
+
+    @property
+    def num_experts_L(self) -> tuple[int, ...]:
+        """E of every MoE layer, in order."""
+        return tuple(config.routed_experts for config in in_order(self.layout) if config.routed_experts)
 
     @property
     def num_moe_layers(self) -> int:
-        return self.kinds.count(MOE)
+        return len(self.num_experts_L)
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Where the MoE layers are: indices of layers, or of sublayers if `stacks` spells them out."""
+        where = [index for index, config in enumerate(in_order(self.layout)) if config.routed_experts]
+        return tuple(index if self.stacks else index // 2 for index in where)
 
     @property
     def exists_LE(self) -> np.ndarray:
         """bool, for every MoE layer in order: True for its experts, False up to the number of the widest layer."""
-        widths = [self.moe.num_experts] * self.num_moe_layers if self.moe is not None else []
+        widths = self.num_experts_L
         return np.arange(max(widths, default=1)) < np.array(widths, int).reshape(-1, 1)
 
     def build(self, key: jax.Array) -> "Decoder":
@@ -119,37 +200,42 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, key: jax.Array):
         check(config, "model")
         self.config = config
-        out_std = config.init_std / math.sqrt(2 * config.num_layers)
         embed, blocks, head = jax.random.split(key, 3)
         V, D = config.vocab_size, config.width
         self.embedding = param.normal(embed, (V, D), ("vocab", "embed"), config.init_std)
-        keys = iter(jax.random.split(blocks, config.num_layers))
-
-        def make(kind: str, repeats: int) -> Block:
-            def block(key: jax.Array) -> Block:
-                return Block(
-                    kind, key, width=D, mlp_hidden=config.mlp_hidden, attention=config.attention, moe=config.moe,
-                    init_std=config.init_std, out_std=out_std,
-                )  # fmt: skip
-
-            return param.stack(block, jnp.stack([next(keys) for _ in range(repeats)]))
-
-        self.stacks = nnx.List(nnx.List(make(kind, stack.repeats) for kind in stack.pattern) for stack in config.layout)
+        self.stacks = nnx.List(scan.build(config.layout, config.norm, blocks, width=D, init_std=config.init_std))
         self.final_norm = RMSNorm(D)
+        if (found := config.decider) is not None:
+            self.router = found[0].build(jax.random.fold_in(key, 1), D, found[1])
+        if config.ahead is not None:
+            keys = jax.random.split(jax.random.fold_in(key, 2), config.ahead.depth)
+            self.merges = nnx.List(Merge(one, D, config.init_std) for one in keys)
         if not config.tie_embeddings:
             self.head = param.normal(head, (D, V), ("embed", "vocab"), config.init_std)
 
     def __call__(self, context: Context, bias_LE: jax.Array) -> tuple[jax.Array, Statistics | None]:
+        found = self.predict(context, bias_LE)
+        return found.logits_BSV, found.statistics
+
+    def predict(self, context: Context, bias_LE: jax.Array) -> "Predictions":
+        """`__call__`, and what the blocks of `ahead` predict."""
         x_BSD = self.embed(context.token_BS)
-        collected = []
-        first = 0
-        for blocks, bias in zip(self.stacks, self.split_bias(bias_LE), strict=True):
-            x_BSD, sums = self._run(blocks, x_BSD, context, bias, first)
-            collected.append(sums)
-            first += bias.shape[0]
-        stats = [sums for sums in collected if sums is not None]
-        joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stats) if stats else None
-        return self.unembed(x_BSD), joined
+        if self.config.decider is not None:
+            context = dataclasses.replace(context, routing=self.router(x_BSD, context, self._its_bias(bias_LE)))
+        layout, remat, sums = self.config.layout, self.config.remat, []
+        stacks = list(zip(self.stacks, scan.given(layout, bias_LE), strict=True))
+        trunk = len(self.config.trunk)
+        for pattern, given in stacks[:trunk]:
+            x_BSD, found = scan.run(pattern, x_BSD, context, given, remat)
+            sums.append(found)
+        logits_BSV, later = self.unembed(x_BSD), []
+        for offset, (pattern, given) in enumerate(stacks[trunk:], 1):
+            here = ahead(context, offset)
+            x_BSD = self.merges[offset - 1](x_BSD, self.embed(here.token_BS))
+            x_BSD, found = scan.run(pattern, x_BSD, here, given, remat)
+            sums.append(found)
+            later.append(self.unembed(x_BSD))
+        return Predictions(logits_BSV, scan.in_layer_order(sums, layout), tuple(later))
 
     def decode(self, context: Context, bias_LE: jax.Array, caches: Caches) -> tuple[jax.Array, Caches]:
         """Reads S new tokens of every sequence, which follow the cached ones: (logits float32 [B, V], caches).
@@ -159,12 +245,22 @@ class Decoder(nnx.Module):
         Equal to `__call__` on cached and new tokens together, but for dispatchers that drop.
         """
         x_BSD = self.embed(context.token_BS)
-        filled, first = [], 0
-        for blocks, bias, cache in zip(self.stacks, self.split_bias(bias_LE), caches, strict=True):
-            x_BSD, cache = self._run_cached(blocks, x_BSD, context, bias, first, cache)
+        filled, behind = [], caches[len(self.config.trunk) :]
+        if self.config.decider is not None:
+            routing, cache = self.router.decode(x_BSD, context, self._its_bias(bias_LE), behind[0])
+            context, behind = dataclasses.replace(context, routing=routing), (cache,)
+        given = scan.given(self.config.layout, bias_LE)
+        for pattern, here, cache in zip(self.stacks, given, caches[: len(self.config.trunk)], strict=False):
+            x_BSD, cache = scan.run_cached(pattern, x_BSD, context, here, cache)
             filled.append(cache)
-            first += bias.shape[0]
-        return self.unembed(x_BSD[:, -1:])[:, 0], tuple(filled)
+        return self.unembed(x_BSD[:, -1:])[:, 0], (*filled, *behind)
+
+    def _its_bias(self, bias_LE: jax.Array) -> jax.Array:
+        """The bias [E] of the router that decides for all layers: their loads are the same, so their biases are."""
+        assert self.config.decider is not None
+        configs = [config for config in in_order(self.config.layout) if config.routed_experts]
+        row = next(row for row, config in enumerate(configs) if _decider(config) is not None)
+        return bias_LE[row, : self.config.decider[1]]
 
     def embed(self, token_BS: jax.Array) -> jax.Array:
         # The rows are gathered from a table that is whole in D: cut in D over fsdp, XLA would replicate the result.
@@ -180,50 +276,17 @@ class Decoder(nnx.Module):
             logits = jnp.einsum("bsd,dv->bsv", x_BSD, head_DV.astype(x_BSD.dtype), preferred_element_type=jnp.float32)
             return constrain(logits, "batch", "position", "vocab")
 
-    def _run(
-        self, blocks: Any, x_BSD: jax.Array, context: Context, bias_RE: jax.Array, first: int
-    ) -> tuple[jax.Array, Statistics | None]:
-        """One scan over the repeats of a pattern of blocks; statistics come back stacked in layer order."""
-        graph, state = nnx.split(blocks)
-        layers = first + jnp.arange(bias_RE.shape[0])  # no two layers of the model share a random key
 
-        def body(x: jax.Array, scanned: Any) -> tuple[jax.Array, Statistics | None]:
-            params, bias_E, layer = scanned
-            here = dataclasses.replace(context, key=jax.random.fold_in(context.key, layer))
-            sums = None
-            for block in nnx.merge(graph, params):
-                x, found = block(x, here, bias_E)
-                sums = found if found is not None else sums
-            return x, sums
+class Predictions(NamedTuple):
+    """What the decoder says of a batch."""
 
-        if self.config.remat != "none":
-            body = jax.checkpoint(body, policy=_POLICIES[self.config.remat], prevent_cse=False)
-        return jax.lax.scan(body, x_BSD, (state, bias_RE, layers))
+    logits_BSV: jax.Array
+    """float32, of the next token."""
+    statistics: Statistics | None
+    later: tuple[jax.Array, ...]
+    """float32 [B, S, V] for each block of `ahead`: of the token after the next one, and so on."""
 
-    def _run_cached(
-        self, blocks: Any, x_BSD: jax.Array, context: Context, bias_RE: jax.Array, first: int, cache: tuple[Cache, ...]
-    ) -> tuple[jax.Array, tuple[Cache, ...]]:
-        """`_run` with a cache for every block of the pattern, stacked over the repeats like its parameters."""
-        graph, state = nnx.split(blocks)
-        layers = first + jnp.arange(bias_RE.shape[0])
 
-        def body(x: jax.Array, scanned: Any) -> tuple[jax.Array, tuple[Cache, ...]]:
-            params, bias_E, layer, before = scanned
-            here = dataclasses.replace(context, key=jax.random.fold_in(context.key, layer))
-            after = []
-            for block, one in zip(nnx.merge(graph, params), before, strict=True):
-                x, one = block.decode(x, here, bias_E, one)
-                after.append(one)
-            return x, tuple(after)
-
-        return jax.lax.scan(body, x_BSD, (state, bias_RE, layers, cache))
-
-    def split_bias(self, bias_LE: jax.Array) -> list[jax.Array]:
-        """The rows of the bias for each stack; a stack without experts gets zeros it does not read."""
-        parts, first = [], 0
-        for blocks in self.stacks:
-            repeats = jax.tree.leaves(nnx.state(blocks))[0].shape[0]
-            has_experts = any(block.kind == MOE for block in blocks)
-            parts.append(bias_LE[first : first + repeats] if has_experts else jnp.zeros((repeats, 1)))
-            first += repeats if has_experts else 0
-        return parts
+def _decider(config: SublayerConfig) -> tuple[RouterConfig, int] | None:
+    router = getattr(config, "router", None)
+    return (router, config.routed_experts) if isinstance(router, RouterConfig) and router.all_layers else None

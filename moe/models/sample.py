@@ -21,24 +21,28 @@ from flax import nnx
 
 from moe import param
 from moe.config import ConfigError
-from moe.layers.attention import Cache
-from moe.models.decoder import Caches, Decoder, DecoderConfig
+from moe.models.decoder import Caches, Decoder
 from moe.routing.base import Context
 
 
-def init_cache(config: DecoderConfig, batch: int, length: int, dtype: Any) -> Caches:
-    """Empty caches for `length` positions of `batch` sequences.
+def init_cache(model: Decoder, batch: int, length: int, dtype: Any) -> Caches:
+    """Empty caches for `length` positions of `batch` sequences; `model` may be abstract.
 
-    For every stack of the model, for every block of its pattern, a `Cache` stacked over the stack's R repeats: keys and
-    values [R, batch, length, M, H] in `dtype`, filled positions int32 [R]. A `lax.scan` over the layers slices them.
+    For every stack of the model, for every sublayer of its pattern, what its `empty_cache` gives, with the stack's R
+    repeats as a leading dimension: of attention keys and values [R, batch, length, M, H] in `dtype` and filled
+    positions int32 [R]. A `lax.scan` over the repeats slices them.
     """
-    M, H = config.attention.num_kv_heads, config.attention.head_width
-
-    def empty(repeats: int) -> Cache:
-        zeros = jnp.zeros((repeats, batch, length, M, H), dtype)
-        return Cache(zeros, zeros, jnp.zeros((repeats,), jnp.int32))
-
-    return tuple(tuple(empty(stack.repeats) for _ in stack.pattern) for stack in config.layout)
+    stacks = tuple(
+        tuple(
+            jax.tree.map(
+                lambda leaf, repeats=stack.repeats: jnp.broadcast_to(leaf, (repeats, *leaf.shape)),
+                residual.sublayer.empty_cache(batch, length, dtype),
+            )
+            for residual in pattern
+        )
+        for stack, pattern in zip(model.config.trunk, model.stacks, strict=False)
+    )
+    return stacks if model.config.decider is None else (*stacks, model.router.empty_cache(batch, length))
 
 
 def check_sampling(*, num_tokens: int, temperature: float, top_p: float) -> None:
@@ -70,9 +74,11 @@ def generate(
     `model` may be abstract; `params` is the tree of `moe.param.pure`, `bias_LE` float32 the experts' selection bias.
     Once a row has produced `eos` the rest of it is `eos`, and work ends when every row has; None: never.
     Keys and values are cached in the compute dtype. Raises ConfigError for a value of `check_sampling`, for an empty
-    prompt, and for a token id outside the vocabulary.
+    prompt, for a token id outside the vocabulary, and for a model with a router that looks at later tokens.
     """
     check_sampling(num_tokens=num_tokens, temperature=temperature, top_p=top_p)
+    for path in model.config.non_causal:
+        raise ConfigError(f"model.{path}: looks at later tokens, which do not exist yet when a text is written")
     prompt_BP = _checked_prompt(prompt, model.config.vocab_size)
     graph, state = nnx.split(param.bind(model, params))
     # A temperature that is no normal float32 would divide 0 by 0; its distribution is the greedy one.
@@ -154,7 +160,7 @@ def _generate(
         return index + 1, emit(logits_BV, index, done_B, out_BT), caches
 
     # The last token is produced and never read, so the caches need not hold it.
-    empty = init_cache(model.config, B, P + num_tokens - 1, jnp.dtype(model.config.compute_dtype))
+    empty = init_cache(model, B, P + num_tokens - 1, jnp.dtype(model.config.compute_dtype))
     with jax.named_scope("prefill"):
         logits_BV, caches = read(prompt_BP, 0, empty)
     out_BT = jnp.full((B, num_tokens), 0 if eos is None else eos, jnp.int32)

@@ -5,7 +5,6 @@ MFU = train_flops_per_token * tokens per second / (devices * peak_flops)
 
 from moe.config import ConfigError
 from moe.models import DecoderConfig
-from moe.models.layout import DENSE
 
 # (part of jax.Device.device_kind, dense bfloat16 FLOP/s of that device). The first match counts, so a name stands
 # before the shorter ones it contains.
@@ -34,11 +33,14 @@ _PEAKS: tuple[tuple[str, float], ...] = (
 def train_flops_per_token(config: DecoderConfig, seq_len: int) -> int:
     """Model FLOPs of one trained token at sequence length S = `seq_len`: 3 times the forward pass, 2 per multiply-add.
 
-        6 * ( L (D N H + 2 D M H + N H D)           attention projections
-            + L N H S                               scores and mixing, of which a causal mask leaves half
-            + L_dense 3 D mlp_hidden                dense MLPs
-            + L_moe 3 D (K F + shared_hidden)       the experts a token selects, and the shared one
-            + D V )                                 logits
+        6 * ( sum of `SublayerConfig.multiply_adds` over all sublayers + D V for the logits )
+
+    where the multiply-adds are
+
+        D N H + 2 D M H + N H D      attention: projections
+        + N H S                      scores and mixing, of which a causal mask leaves half
+        3 D hidden                   dense MLP
+        3 D (K F + shared_hidden)    the experts a token selects, and the shared one
 
     Not counted: the router, softmax, norms, rotary positions, the embedding's gather, sorting and exchanging tokens,
     balance losses and their pre-pass, recomputation, padding; nor are dropped assignments subtracted. Documents shorter
@@ -49,17 +51,14 @@ def train_flops_per_token(config: DecoderConfig, seq_len: int) -> int:
     """
     if seq_len < 1:
         raise ConfigError(f"seq_len = {seq_len}: must be at least 1")
-    attention = config.attention
-    D, N, M, H = config.width, attention.num_heads, attention.num_kv_heads, attention.head_width
-    multiply_adds = config.num_layers * (2 * D * N * H + 2 * D * M * H + N * H * seq_len)
-    multiply_adds += config.kinds.count(DENSE) * 3 * D * config.mlp_hidden
-    if config.moe is not None:
-        hidden = (
-            round(config.moe.router.experts_per_token(config.moe.num_experts) * config.moe.expert_hidden)
-            + config.moe.shared_hidden
-        )
-        multiply_adds += config.num_moe_layers * 3 * D * hidden
-    return 6 * (multiply_adds + D * config.vocab_size)
+    layers = sum(
+        stack.repeats * sublayer.multiply_adds(config.width, seq_len)
+        for stack in config.layout
+        for sublayer in stack.layers
+    )
+    logits = config.width * config.vocab_size
+    ahead = config.ahead.multiply_adds(config.width, config.vocab_size) if config.ahead is not None else 0
+    return 6 * round(layers + logits + ahead)
 
 
 def peak_flops(device_kind: str) -> float | None:

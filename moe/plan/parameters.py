@@ -1,7 +1,7 @@
 """Total and active parameters, counted on the model's own parameter tree: they cannot drift from the model.
 
     total  = sum of the sizes of all parameters
-    active = total - experts + experts * K / E
+    active = total - sum over sublayers of experts * (1 - active_share);   active_share = K / E for routed experts
 
 Active is what one token passes through: the K of E experts it selects, and all the rest (both embeddings, attention,
 norms, routers, shared experts, dense MLPs). Counting the input embedding as active is the convention of the model cards
@@ -22,23 +22,24 @@ class Parameters(NamedTuple):
 
     total: int
     active: int
-    """Of one token: K of E experts, everything else in full."""
+    """Of one token: its share of the experts, everything else in full."""
     embedding: int
     """Token embedding and, if it is not tied, output projection."""
     attention: int
     mlp: int
     """Dense MLPs and shared experts."""
     experts: int
-    """All E experts of all layers."""
+    """All E experts of all layers, and all slots of memories."""
     other: int
     """Routers and norms."""
 
 
-# A parameter belongs to the first part one of whose logical axes (`moe.axes.TABLE`) it carries.
+# A parameter belongs to the first part one of whose logical axes (`moe.axes.TABLE`) it carries. Attention stands before
+# experts: attention experts are attention, active in full.
 _PARTS = (
-    ("experts", {"experts"}),
-    ("embedding", {"vocab"}),
     ("attention", {"heads", "kv_heads"}),
+    ("experts", {"experts", "memory_slots"}),
+    ("embedding", {"vocab"}),
     ("mlp", {"mlp"}),
 )
 
@@ -46,14 +47,15 @@ _PARTS = (
 def count(config: DecoderConfig) -> Parameters:
     """Parameters of the decoder of `config`, from shapes alone: no memory, no device; ConfigError if it is bad."""
     sizes = dict.fromkeys(("embedding", "attention", "mlp", "experts", "other"), 0)
-    for _, variable in nnx.to_flat_state(nnx.state(config.abstract(), nnx.Param)):
+    unused = 0.0
+    layout = config.layout
+    for path, variable in nnx.to_flat_state(nnx.state(config.abstract(), nnx.Param)):
         axes = variable.get_metadata()[param.AXES_KEY]
         part = next((name for name, marks in _PARTS if marks.intersection(axes)), "other")
-        sizes[part] += math.prod(variable.get_value().shape)
+        size = math.prod(variable.get_value().shape)
+        sizes[part] += size
+        if part == "experts":
+            stack, place = (int(str(name)) for name in path[1:3])
+            unused += size * (1 - layout[stack].layers[place].active_share)
     total = sum(sizes.values())
-    unused = 0
-    if config.moe is not None:
-        # Exact: every expert has the same parameters.
-        E = config.moe.num_experts
-        unused = round(sizes["experts"] // E * (E - config.moe.router.experts_per_token(E)))
-    return Parameters(total=total, active=total - unused, **sizes)
+    return Parameters(total=total, active=total - round(unused), **sizes)

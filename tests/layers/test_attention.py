@@ -12,13 +12,15 @@ from flax import nnx
 
 from moe import param
 from moe.config import ConfigError, check
-from moe.layers.attention import Attention, AttentionConfig, Cache, rotate
+from moe.layers.attention import Attention, AttentionConfig, rotate
+from moe.routing.base import Context
 
 B, S, D = 2, 9, 12
 CONFIG = AttentionConfig(num_heads=4, num_kv_heads=2, head_width=6, rope_theta=100.0)
 SEGMENT = np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 2, 2, 2, 2, 2, 3, 3, 3]], np.int32)
 POSITION = np.array([[0, 1, 2, 3, 0, 1, 2, 0, 1], [0, 0, 1, 2, 3, 4, 0, 1, 2]], np.int32)
 ONE_DOCUMENT = np.broadcast_to(np.arange(S, dtype=np.int32), (B, S))
+NO_BIAS = jnp.zeros(0)
 
 
 def attention(config: AttentionConfig = CONFIG) -> Attention:
@@ -31,7 +33,15 @@ def run(module: Attention, x: np.ndarray, position: np.ndarray = POSITION, segme
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(graph: Any, state: Any, x: jax.Array, position: jax.Array, segment: jax.Array) -> jax.Array:
-    return nnx.merge(graph, state)(x, position, segment)
+    return nnx.merge(graph, state)(x, context(position, segment), jnp.zeros(0))[0]
+
+
+def context(position: Any, segment: Any) -> Context:
+    zeros = jnp.zeros(position.shape, jnp.int32)
+    return Context(
+        token_BS=zeros, segment_BS=jnp.asarray(segment), position_BS=jnp.asarray(position), task_BS=zeros,
+        sequence_B=zeros[:, 0], step=jnp.int32(0), key=jax.random.key(0),
+    )  # fmt: skip
 
 
 def inputs(seed: int = 0, shape: tuple[int, ...] = (B, S, D)) -> np.ndarray:
@@ -126,15 +136,42 @@ def test_rotary_keeps_lengths_and_position_zero() -> None:
     np.testing.assert_allclose(y[0, 3, 1:], by_hand, rtol=1e-5)
 
 
+def test_head_norms_act_per_head_before_rotation_and_share_a_gain() -> None:
+    """By numpy on the projections: rms 1 times the gain per head, whatever the head's size."""
+    x = inputs()
+    for head_norm, normed in (("none", ""), ("qk", "qk"), ("qkv", "qkv")):
+        module = attention(dataclasses.replace(CONFIG, head_norm=head_norm))  # type: ignore[arg-type]
+        params = param.pure(module)
+        gain = {name: jnp.linspace(0.5, 2.0, 6) for name in params if name.endswith("_norm")}
+        assert {name[0] for name in gain} == set(normed)
+        module = param.bind(module, params | {name: {"scale": scale} for name, scale in gain.items()})
+        found = module._project(jnp.asarray(x), jnp.zeros((B, S), jnp.int32))  # position 0 rotates nothing
+        for part, name in zip(found, ("query", "key", "value"), strict=True):
+            raw = np.einsum("bsd,dnh->bsnh", x, params[f"w_{name}"])
+            if name[0] in normed:
+                raw = raw / np.sqrt((raw**2).mean(-1, keepdims=True)) * np.linspace(0.5, 2.0, 6)
+            np.testing.assert_allclose(part, raw, rtol=1e-4, atol=1e-5)
+        turned_query = np.asarray(module._project(jnp.asarray(x), jnp.asarray(POSITION))[0])
+        np.testing.assert_allclose((turned_query**2).sum(-1), (np.asarray(found[0]) ** 2).sum(-1), rtol=1e-4)
+
+
+def test_with_all_heads_normalised_the_size_of_the_input_does_not_matter() -> None:
+    x = inputs()
+    module = attention(dataclasses.replace(CONFIG, head_norm="qkv"))
+    np.testing.assert_allclose(run(module, 50.0 * x), run(module, x), rtol=1e-3, atol=1e-5)
+    plain = attention(dataclasses.replace(CONFIG, head_norm="qk"))
+    np.testing.assert_allclose(run(plain, 50.0 * x), 50.0 * run(plain, x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("head_norm", ["none", "qkv"])
 @pytest.mark.parametrize("pieces", [(9,), (1,) * 9, (4, 1, 1, 3), (2, 7)])
-def test_decoding_in_pieces_equals_the_whole(pieces: tuple[int, ...]) -> None:
-    module, x = attention(), jnp.asarray(inputs())
+def test_decoding_in_pieces_equals_the_whole(pieces: tuple[int, ...], head_norm: Any) -> None:
+    module, x = attention(dataclasses.replace(CONFIG, head_norm=head_norm)), jnp.asarray(inputs())
     whole = run(module, x, ONE_DOCUMENT, np.ones((B, S), np.int32))
-    empty = jnp.zeros((B, S + 2, CONFIG.num_kv_heads, CONFIG.head_width))  # room for more than there is
-    cache, first, found = Cache(empty, empty, jnp.int32(0)), 0, []
+    cache, first, found = module.empty_cache(B, S + 2, jnp.float32), 0, []  # room for more than there is
     for size in pieces:
         here = slice(first, first + size)
-        y, cache = module.decode(x[:, here], jnp.asarray(ONE_DOCUMENT[:, here]), cache)
+        y, cache = module.decode(x[:, here], context(ONE_DOCUMENT[:, here], ONE_DOCUMENT[:, here]), NO_BIAS, cache)
         found.append(y)
         first += size
     np.testing.assert_allclose(jnp.concatenate(found, axis=1), whole, rtol=1e-5, atol=1e-5)

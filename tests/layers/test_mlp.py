@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moe import param
-from moe.layers.mlp import MLP
+from moe.config import ConfigError, check
+from moe.layers.mlp import MLP, MLPConfig
 
 
 def by_numpy(params: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
@@ -42,3 +44,15 @@ def test_the_down_projection_has_its_own_standard_deviation() -> None:
     params = param.pure(MLP(jax.random.key(0), 100, 100, 0.02, 0.005))
     assert abs(float(params["w_gate"].std()) / 0.02 - 0.987) < 0.03
     assert abs(float(params["w_down"].std()) / 0.005 - 0.987) < 0.03
+
+
+def test_as_a_sublayer_it_has_the_same_parameters_and_values_and_no_statistics() -> None:
+    layer, plain = MLPConfig(hidden=12).build(jax.random.key(0), 8, 0.5, 0.1), MLP(jax.random.key(0), 8, 12, 0.5, 0.1)
+    jax.tree.map(np.testing.assert_array_equal, param.pure(layer), param.pure(plain))
+    x = jax.random.normal(jax.random.key(1), (2, 3, 8))
+    y, stats = layer(x, None, None)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(y, plain(x))
+    assert stats is None and layer.empty_cache(2, 5, jnp.float32) == ()
+    np.testing.assert_array_equal(layer.decode(x, None, None, ())[0], y)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^hidden = 0: must be at least 1$"):
+        check(MLPConfig(hidden=0))

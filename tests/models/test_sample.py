@@ -12,8 +12,11 @@ from moe import param
 from moe.config import ConfigError
 from moe.dispatch import DenseConfig, DroplessConfig
 from moe.layers.attention import AttentionConfig
+from moe.layers.mlp import MLPConfig
 from moe.layers.moe import MoEConfig
+from moe.layers.parallel import ParallelConfig
 from moe.models import DecoderConfig
+from moe.models.layout import StackConfig
 from moe.models.sample import _generate, filter_logits, generate, init_cache
 from moe.routing.base import Context
 from moe.routing.topk import TopKConfig
@@ -27,6 +30,16 @@ CONFIG = DecoderConfig(
 )  # fmt: skip
 DENSE_MODEL = dataclasses.replace(CONFIG, moe=None, moe_every=1, num_layers=2)
 """Compiles faster; for what does not depend on experts."""
+
+HEADS = dataclasses.replace(CONFIG.attention, head_norm="qkv")
+SPELLED = DecoderConfig(
+    vocab_size=VOCAB, width=16, tie_embeddings=False, init_std=0.3, norm="sandwich",
+    stacks=(
+        StackConfig(layers=(HEADS, dataclasses.replace(CONFIG.moe, num_experts=2))),
+        StackConfig(layers=(ParallelConfig(parts=(HEADS, CONFIG.moe)), MLPConfig(hidden=8)), repeats=2),
+    ),
+)  # fmt: skip
+"""A pyramid of 2, 4 and 4 experts, whose upper layers have attention and experts side by side."""
 
 
 def with_dispatch(dispatch):
@@ -71,8 +84,8 @@ def recomputed(model, params, bias_LE, prompt):
 
 @pytest.mark.parametrize(
     "config",
-    [with_dispatch(DroplessConfig()), with_dispatch(DenseConfig()), DENSE_MODEL],
-    ids=["dropless", "dense_dispatch", "dense_model"],
+    [with_dispatch(DroplessConfig()), with_dispatch(DenseConfig()), DENSE_MODEL, SPELLED],
+    ids=["dropless", "dense_dispatch", "dense_model", "stacks"],
 )
 def test_greedy_with_the_cache_is_greedy_by_recomputation(config):
     assert [stack.repeats for stack in CONFIG.layout] == [1, 2, 1]  # leading layer, periods, rest of a period
@@ -86,7 +99,7 @@ def test_decoding_in_pieces_gives_the_logits_of_the_whole():
     model, params, bias_LE, prompt = make()
     bound = param.bind(model, params)
     whole = jax.jit(lambda: bound(context_of(prompt), bias_LE)[0])()
-    caches, start = init_cache(CONFIG, 3, PROMPT + 2, jnp.float32), 0  # two positions stay empty
+    caches, start = init_cache(bound, 3, PROMPT + 2, jnp.float32), 0  # two positions stay empty
     for end in (2, 3, PROMPT):
         read = jax.jit(lambda start, piece, caches: bound.decode(context_of(piece, start), bias_LE, caches))
         logits, caches = read(start, prompt[:, start:end], caches)
@@ -95,14 +108,13 @@ def test_decoding_in_pieces_gives_the_logits_of_the_whole():
 
 
 def test_cache_has_the_layout_of_the_model():
-    caches = init_cache(CONFIG, 3, 7, jnp.bfloat16)
-    assert [[cache.key_BSMH.shape for cache in stack] for stack in caches] == [
-        [(1, 3, 7, 2, 8)],
-        [(2, 3, 7, 2, 8), (2, 3, 7, 2, 8)],
-        [(1, 3, 7, 2, 8)],
-    ]
-    assert {cache.value_BSMH.dtype for stack in caches for cache in stack} == {jnp.dtype("bfloat16")}
-    assert [cache.length.tolist() for stack in caches for cache in stack] == [[0], [0, 0], [0, 0], [0]]
+    caches = init_cache(CONFIG.abstract(), 3, 7, jnp.bfloat16)
+    attention = [cache for stack in caches for cache in stack[0::2]]  # feed-forwards remember nothing
+    assert [cache.key_BSMH.shape[0] for cache in attention] == [1, 2, 2, 1]
+    assert {cache.value_BSMH.shape[1:] for cache in attention} == {(3, 7, 2, 8)}
+    assert {cache.value_BSMH.dtype for cache in attention} == {jnp.dtype("bfloat16")}
+    assert [cache.length.tolist() for cache in attention] == [[0], [0, 0], [0, 0], [0]]
+    assert {cache for stack in caches for cache in stack[1::2]} == {()}
 
 
 def test_bfloat16_runs_and_stays_in_the_vocabulary():
