@@ -2,11 +2,12 @@
 
 import contextlib
 import importlib.util
+import inspect
 import io
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +36,17 @@ def load_function(spec: str, default: str = "get_config") -> object:
     """Calls `path/to/file.py[:function]`, by default `get_config`, and returns what it returns."""
     path, _, name = spec.partition(":")
     name = name or default
+    functions = load_functions(path)
+    if name not in functions:
+        raise ConfigError(f"config = {spec!r}: {path} has no function {name!r}; it has {', '.join(functions)}")
+    try:
+        return functions[name]()
+    except MISTAKES as error:
+        raise _mistake(path, error) from error
+
+
+def load_functions(path: str) -> dict[str, Callable[[], object]]:
+    """The public functions that a config file defines, in their order there."""
     if not Path(path).is_file():
         raise ConfigError(f"config = {path!r}: there is no such file")
     module_spec = importlib.util.spec_from_file_location(f"configs.{Path(path).stem}", path)
@@ -45,13 +57,10 @@ def load_function(spec: str, default: str = "get_config") -> object:
         module_spec.loader.exec_module(module)
     except MISTAKES as error:
         raise _mistake(path, error) from error
-    functions = [key for key, value in vars(module).items() if callable(value) and not isinstance(value, type)]
-    if name not in functions:
-        raise ConfigError(f"config = {spec!r}: {path} has no function {name!r}; it has {', '.join(functions)}")
-    try:
-        return getattr(module, name)()
-    except MISTAKES as error:
-        raise _mistake(path, error) from error
+    mine = [
+        value for value in vars(module).values() if inspect.isfunction(value) and value.__module__ == module.__name__
+    ]
+    return {value.__name__: value for value in mine if not value.__name__.startswith("_")}
 
 
 def _mistake(path: str, error: Exception) -> ConfigError:

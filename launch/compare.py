@@ -1,0 +1,108 @@
+"""Train every variant of a config file and write a table:  python -m launch.compare --configs configs/routers.py
+
+    python -m launch.compare --configs configs/routers.py --workdir runs/routers --page docs/results/routers.md
+    python -m launch.compare --configs configs/routers.py --only topk switch --steps 100
+
+A variant is a public function of the file. Each runs in a process of its own in WORKDIR/NAME-seedN; the same command
+again skips what is finished and resumes what was interrupted. A variant that fails is named in the table and does not
+stop the others. All variants of one seed run before the next seed.
+"""
+
+import dataclasses
+import datetime
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+from launch.cli import load_functions, one_line_errors, parse
+from moe.analysis.comparison import Row, is_finished, read_row, table
+from moe.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Train every variant of a config file and write a table."""
+
+    configs: str
+    """Config file; each public function in it is a variant."""
+    workdir: str = "runs/compare"
+    """Where the runs go, one folder for each variant and seed."""
+    page: str | None = None
+    """Markdown file for the table; only printed if not given."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds, each of them for every variant."""
+    only: tuple[str, ...] = ()
+    """Variants to run; all of them if not given."""
+    steps: int | None = None
+    """Optimizer steps of every run; what the config says if not given."""
+
+
+def main(words: list[str] | None = None) -> int:
+    with one_line_errors():
+        arguments = parse(Arguments, words, "python -m launch.compare")
+        variants = load_functions(arguments.configs)
+        if unknown := [name for name in arguments.only if name not in variants]:
+            raise ConfigError(f"only = {unknown[0]!r}: {arguments.configs} has {', '.join(variants)}")
+        names = arguments.only or tuple(variants)
+        folder = Path(arguments.workdir)
+        failed = []
+        for seed in arguments.seeds:
+            for name in names:
+                if not is_finished(folder / f"{name}-seed{seed}") and not _train(arguments, name, seed):
+                    failed.append(f"{name}-seed{seed}")
+        text = _page(arguments, {name: variants[name] for name in names}, failed)
+        print(text)
+        if arguments.page is not None:
+            Path(arguments.page).parent.mkdir(parents=True, exist_ok=True)
+            Path(arguments.page).write_text(text)
+    return 1 if failed else 0
+
+
+def _train(arguments: Arguments, name: str, seed: int) -> bool:
+    """Runs one variant to its end; its output goes to a log file beside its folder."""
+    workdir = Path(arguments.workdir) / f"{name}-seed{seed}"
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "launch.train", f"{arguments.configs}:{name}"]
+    command += ["--workdir", str(workdir), "--seed", str(seed)]
+    command += [] if arguments.steps is None else ["--steps", str(arguments.steps)]
+    print(f"{datetime.datetime.now():%H:%M:%S} {name}, seed {seed}", file=sys.stderr, flush=True)
+    with workdir.with_suffix(".log").open("a") as log:
+        return subprocess.run(command, stdout=log, stderr=log, check=False).returncode == 0
+
+
+def _page(arguments: Arguments, variants: dict[str, object], failed: list[str]) -> str:
+    notes = {name: (variant.__doc__ or "").strip().partition("\n\n")[0] for name, variant in variants.items()}
+    notes = {name: " ".join(note.split()) for name, note in notes.items()}
+    rows: dict[str, list[Row]] = {}
+    for name in variants:
+        workdirs = [Path(arguments.workdir) / f"{name}-seed{seed}" for seed in arguments.seeds]
+        if found := [read_row(workdir) for workdir in workdirs if is_finished(workdir)]:
+            rows[name] = found
+    command = f"python -m launch.compare --configs {arguments.configs} --workdir {arguments.workdir}"
+    command += f" --seeds {' '.join(map(str, arguments.seeds))}"
+    command += f" --only {' '.join(arguments.only)}" if arguments.only else ""
+    command += f" --steps {arguments.steps}" if arguments.steps is not None else ""
+    command += f" --page {arguments.page}" if arguments.page is not None else ""
+    lines = [
+        f"# {Path(arguments.configs).stem}, compared",
+        "",
+        f"Written by `{command}` on {datetime.date.today()}, {os.cpu_count()} CPU cores ({platform.machine()}),"
+        f" Python {platform.python_version()}, jax {jax.__version__}.",
+        "",
+        *table(rows, notes),
+        "",
+        "Held-out bits/byte: mean over domains and seeds, ± half the range over seeds; max violation E max(f) - 1, mean"
+        " over layers and the last 50 steps; dead: experts with less than 1 % of their share, summed over layers, same"
+        " steps; step: median of a run, the smallest over seeds.",
+    ]
+    if failed:
+        lines += ["", f"Did not finish: {', '.join(failed)}; see the logs in {arguments.workdir}."]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
