@@ -7,6 +7,7 @@ coefficients are traced, so one compiled program answers for all of them. `agree
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -17,23 +18,38 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moe import axes, param
 from moe.axes import MeshConfig
-from moe.balance import BalanceRule, ExpertBiasConfig, LoadBalanceConfig, ZLossConfig
+from moe.balance import (
+    BalanceRule,
+    EntropyConfig,
+    ExpertBiasConfig,
+    ImportanceConfig,
+    LoadBalanceConfig,
+    QuantileConfig,
+    ShuffledLoadBalanceConfig,
+    ZLossConfig,
+)
 from moe.config import check
 from moe.dispatch import DispatchConfig, DroplessConfig
 from moe.layers.attention import AttentionConfig
 from moe.layers.moe import MoEConfig
 from moe.models import DecoderConfig
+from moe.models.layout import StackConfig
 from moe.routing.base import RouterConfig
 from moe.routing.topk import TopKConfig
 from moe.train import loss as loss_module
 from moe.train.run import RunConfig
 from moe.train.state import TrainState
 from moe.train.step import BATCH_LOGICAL, batch_gradient
+from tests.grid_batch import POSITIONS as POSITIONS
+from tests.grid_batch import SEQUENCES, VOCAB, batch, padded
 
-SEQUENCES, POSITIONS, VOCAB, EXPERTS, LAYERS = 32, 16, 264, 8, 2
+EXPERTS, LAYERS = 8, 2
 TOLERANCE = 1e-5
 LM = "lm"
+STEP = 3
+"""The optimizer step that is computed."""
 DROPLESS = DroplessConfig()
+ROUTER = TopKConfig(init_std=0.3)
 
 RULES: tuple[BalanceRule, ...] = (
     LoadBalanceConfig(name="global"),
@@ -42,19 +58,25 @@ RULES: tuple[BalanceRule, ...] = (
     LoadBalanceConfig(name="sequence", scope="sequence"),
     LoadBalanceConfig(name="pairs", scope=2),
     LoadBalanceConfig(name="halves", scope=16),  # spans micro-batches whenever A > 2
+    LoadBalanceConfig(name="devices", expert_groups=4),
+    LoadBalanceConfig(name="switched", scope="sequence", scope_after=16, switch_step=STEP),
+    ShuffledLoadBalanceConfig(name="shuffled", sequences=2),
+    EntropyConfig(name="entropy"),
+    ImportanceConfig(name="importance", scope=16),
     ZLossConfig(name="z"),
+    QuantileConfig(name="quantile", bins=101, memory=0.5),
     ExpertBiasConfig(name="sign", rate=0.01),
     ExpertBiasConfig(name="sign_sequence", rate=0.02, scope="sequence"),
     ExpertBiasConfig(name="sign_groups", rate=0.03, scope=16),
     ExpertBiasConfig(name="recentred", rate=0.03, scope=16, recentre=True),
     ExpertBiasConfig(name="proportional", rate=0.04, rule="proportional", scope=2),
 )
-TERMS = tuple(rule.name for rule in RULES if not isinstance(rule, ExpertBiasConfig))
+TERMS = tuple(rule.name for rule in RULES if not rule.moves_bias)
 DEPENDS_ON_ACCUMULATION = ("buffer",)
 """Declared so by its docstring: equal only at the same A."""
 
 
-ROUNDED = ("proportional", "recentred")
+ROUNDED = ("proportional", "recentred", "quantile")
 """Biases that sum floats; every other one counts in integers and is equal bit for bit."""
 
 
@@ -67,6 +89,9 @@ class Cut:
     remat: str = "none"
     padding: str = "none"
     dispatch: DispatchConfig = DROPLESS
+    router: RouterConfig = ROUTER
+    pyramid: bool = False
+    """The second layer has half as many experts as the first."""
 
     def __str__(self) -> str:
         mesh = "x".join(f"{name}{size}" for name, size in self.mesh) or "one"
@@ -91,58 +116,15 @@ class Measured:
     reports: dict[str, np.ndarray]
 
 
-def batch(seed: int = 0, sequences: int = SEQUENCES, positions: int = POSITIONS) -> dict[str, np.ndarray]:
-    """[G, S+1] tokens in 1 to 4 documents a sequence; unequal padding; sequences of nothing but padding.
-
-    Documents speak different dialects (a narrow band of tokens each), so that the load differs between sequences. The
-    last column, which is only ever a target, is padding: so appended padding does not turn a target into an input.
-    """
-    rng = np.random.default_rng(seed)
-    shape = (sequences, positions + 1)
-    out = {name: np.zeros(shape, np.int32) for name in ("tokens", "segment_ids", "positions", "domains")}
-    for g in range(sequences):
-        if g % 16 in (5, 6):
-            continue  # a whole sequence of padding
-        at, end = 0, positions - int(rng.integers(0, positions // 2) if g % 3 else 0)
-        document = 0
-        while at < end:
-            length = min(end - at, int(rng.integers(3, positions)))
-            document += 1
-            band = int(rng.integers(0, VOCAB - 40))
-            out["tokens"][g, at : at + length] = rng.integers(band, band + 40, length)
-            out["segment_ids"][g, at : at + length] = document
-            out["positions"][g, at : at + length] = np.arange(length)
-            at += length
-    return out
-
-
-def pad_tokens(arrays: dict[str, np.ndarray], extra: int) -> dict[str, np.ndarray]:
-    """`extra` positions of padding after every sequence, with garbage for tokens."""
-    G = arrays["tokens"].shape[0]
-    garbage = np.random.default_rng(9).integers(0, VOCAB, (G, extra)).astype(np.int32)
-    zeros = np.zeros((G, extra), np.int32)
-    added = {"tokens": garbage, "segment_ids": zeros, "positions": zeros, "domains": zeros}
-    return {name: np.concatenate([value, added[name]], axis=1) for name, value in arrays.items()}
-
-
-def pad_sequences(arrays: dict[str, np.ndarray], extra: int) -> dict[str, np.ndarray]:
-    """`extra` sequences of padding after the batch, with garbage for tokens."""
-    S = arrays["tokens"].shape[1]
-    garbage = np.random.default_rng(9).integers(0, VOCAB, (extra, S)).astype(np.int32)
-    zeros = np.zeros((extra, S), np.int32)
-    added = {"tokens": garbage, "segment_ids": zeros, "positions": zeros, "domains": zeros}
-    return {name: np.concatenate([value, added[name]], axis=0) for name, value in arrays.items()}
-
-
-def padded(arrays: dict[str, np.ndarray], padding: str) -> dict[str, np.ndarray]:
-    if padding == "tokens":
-        return pad_tokens(arrays, 8)
-    return pad_sequences(arrays, arrays["tokens"].shape[0]) if padding == "sequences" else arrays
-
-
 def model_config(dispatch: DispatchConfig = DROPLESS, remat: Any = "none", **changes: Any) -> DecoderConfig:
     """2 layers of 8 experts, width 32, with a router far from uniform."""
-    router: RouterConfig = changes.pop("router", TopKConfig(init_std=0.3))
+    router: RouterConfig = changes.pop("router", ROUTER)
+    if changes.pop("pyramid", False):
+        attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_width=8)
+        sizes = (EXPERTS, EXPERTS // 2)
+        experts = [MoEConfig(num_experts=E, expert_hidden=16, router=router, dispatch=dispatch) for E in sizes]
+        stacks = tuple(StackConfig(layers=(attention, layer)) for layer in experts)
+        return DecoderConfig(vocab_size=VOCAB, width=32, init_std=0.1, remat=remat, stacks=stacks, **changes)
     return DecoderConfig(
         **{
             "vocab_size": VOCAB,
@@ -157,36 +139,50 @@ def model_config(dispatch: DispatchConfig = DROPLESS, remat: Any = "none", **cha
     )
 
 
-def balance_states(rules: tuple[BalanceRule, ...], seed: int = 1) -> dict[str, Any]:
+ALL = np.ones((LAYERS, EXPERTS), bool)
+
+
+def balance_states(rules: tuple[BalanceRule, ...], seed: int = 1, exists_LE: np.ndarray = ALL) -> dict[str, Any]:
     """A state as it is in mid-run: biases that move the selection, last step's load far from uniform."""
     rng = np.random.default_rng(seed)
     states = {}
     for rule in rules:
-        state = {name: np.asarray(value) for name, value in rule.init_state(np.ones((LAYERS, EXPERTS), bool)).items()}
+        state = {name: np.asarray(value) for name, value in rule.init_state(exists_LE).items()}
         if "bias" in state:
-            state["bias"] = rng.normal(0, 0.02, state["bias"].shape).astype(np.float32)
+            state["bias"] = (exists_LE * rng.normal(0, 0.02, exists_LE.shape)).astype(np.float32)
         if "load" in state:
-            state["load"] = rng.dirichlet(np.ones(EXPERTS), LAYERS).astype(np.float32)
+            drawn_LE = exists_LE * rng.dirichlet(np.ones(EXPERTS), LAYERS)
+            state["load"] = (drawn_LE / drawn_LE.sum(axis=1, keepdims=True)).astype(np.float32)
         states[rule.name] = state
     return states
 
 
 @functools.cache
-def host_params() -> Any:
+def host_params(router: RouterConfig = ROUTER, pyramid: bool = False) -> Any:
     """The parameters of `model_config()` on the host."""
-    return jax.device_get(jax.jit(lambda: param.pure(model_config().build(jax.random.key(0))))())
+    config = model_config(router=router, pyramid=pyramid)
+    return jax.device_get(jax.jit(lambda: param.pure(config.build(jax.random.key(0))))())
 
 
-def train_state(rules: tuple[BalanceRule, ...] = RULES) -> TrainState:
+def train_state(
+    rules: tuple[BalanceRule, ...] = RULES, router: RouterConfig = ROUTER, pyramid: bool = False
+) -> TrainState:
     """What `batch_gradient` reads of a state, on the host."""
     zero = np.zeros((), np.int32)
+    exists_LE = model_config(router=router, pyramid=pyramid).exists_LE
     return TrainState(
-        params=host_params(), balance=balance_states(rules), opt_state=(), step=zero + 3, key=jax.random.key(1),
-        skipped=zero, skipped_in_row=zero,
+        params=host_params(router, pyramid), balance=balance_states(rules, exists_LE=exists_LE), opt_state=(),
+        step=zero + STEP, key=jax.random.key(1), skipped=zero, skipped_in_row=zero,
+        idle_LE=np.zeros((LAYERS, EXPERTS), np.int32),
     )  # fmt: skip
 
 
-def measure(cut: Cut, rules: tuple[BalanceRule, ...] = RULES, arrays: dict[str, np.ndarray] | None = None) -> Measured:
+def measure(
+    cut: Cut, rules: tuple[BalanceRule, ...] = RULES, arrays: dict[str, np.ndarray] | None = None,
+    put: Callable[[Any, Any], Any] = jax.device_put, get: Callable[[Any], Any] = jax.device_get,
+    alone: tuple[str, ...] | None = None,
+) -> Measured:  # fmt: skip
+    """`put` and `get` are for several processes, which hold no whole array; `alone` leaves out other terms' losses."""
     arrays = padded(batch() if arrays is None else arrays, cut.padding)
     G = arrays["tokens"].shape[0]
     A = cut.accumulation
@@ -197,19 +193,18 @@ def measure(cut: Cut, rules: tuple[BalanceRule, ...] = RULES, arrays: dict[str, 
         steps=200,
         mesh=mesh_config,
         balance=rules,
-        model=model_config(cut.dispatch, cut.remat),
+        model=model_config(cut.dispatch, cut.remat, router=cut.router, pyramid=cut.pyramid),
     )
     check(config)
     mesh = axes.make_mesh(mesh_config, jax.devices()[: int(np.prod(list(dict(cut.mesh).values()) or [1]))])
     model = config.model.abstract()
-    host = train_state(rules)
+    host = train_state(rules, cut.router, cut.pyramid)
     whole = NamedSharding(mesh, PartitionSpec())
-    state = jax.device_put(host, dataclasses.replace(
+    state = put(host, dataclasses.replace(
         jax.tree.map(lambda _: whole, host), params=param.shardings(model, mesh)
     ))  # fmt: skip
     cut_arrays = {
-        name: jax.device_put(value.reshape(A, G // A, -1), axes.sharding(mesh, BATCH_LOGICAL))
-        for name, value in arrays.items()
+        name: put(value.reshape(A, G // A, -1), axes.sharding(mesh, BATCH_LOGICAL)) for name, value in arrays.items()
     }
 
     @jax.jit
@@ -230,12 +225,12 @@ def measure(cut: Cut, rules: tuple[BalanceRule, ...] = RULES, arrays: dict[str, 
         terms = {name: value.sum(axis=0) for name, value in share.terms.items()}
         return loss, grads, (terms, stats, states, reports)
 
-    names = (LM, *(rule.name for rule in rules if not isinstance(rule, ExpertBiasConfig)))
+    names = (LM, *(rule.name for rule in rules if not rule.moves_bias))
     values, gradients = {}, {}
     with jax.set_mesh(mesh):
-        for name in names:
+        for name in names if alone is None else alone:
             weights = {other: jnp.float32(other == name) for other in names}
-            loss, grads, rest = jax.device_get(program(weights, state, cut_arrays))
+            loss, grads, rest = get(program(weights, state, cut_arrays))
             values[name], gradients[name] = loss, grads
     terms, stats, states, reports = rest
 

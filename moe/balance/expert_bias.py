@@ -15,7 +15,7 @@ counts are those of the whole optimizer step.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,8 @@ from moe.balance.statistics import Statistics
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertBiasConfig(BalanceRule):
     """Loss-free expert bias."""
+
+    moves_bias: ClassVar[bool] = True
 
     name: str = "expert_bias"
     """Name in the log."""
@@ -66,8 +68,10 @@ class ExpertBiasConfig(BalanceRule):
             moves_LE = (_sign(count_LGE, E_L.astype(jnp.int32)) * tokens_LG[..., None]).sum(axis=1)
         else:
             moves_LE = ((1.0 - E_L[:, None, None] * pool(count_LXE, n)) * tokens_LG[..., None]).sum(axis=1)
-        # Divided last: a product that feeds a sum may or may not become a fused multiply-add, which rounds differently.
-        bias_LE = state["bias"] + self.rate * moves_LE.astype(jnp.float32) / total_L1
+        # XLA may divide by a reciprocal, regroup the product, and fuse it with the sum; each rounds differently.
+        # Rounding share and step to fewer bits undoes the first two and forbids the third.
+        share_LE = jax.lax.reduce_precision(moves_LE.astype(jnp.float32) / total_L1, 8, 15)
+        bias_LE = state["bias"] + jax.lax.reduce_precision(self.rate * share_LE, 8, 20)
         bias_LE = jnp.where(exists_LE, bias_LE, 0.0)
         if self.recentre:
             bias_LE = jnp.where(exists_LE, bias_LE - bias_LE.sum(axis=1, keepdims=True) / E_L[:, None], 0.0)
