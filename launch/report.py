@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe.analysis.report import ReportError, write_report
+from moe.analysis.report import write_report
+from moe.analysis.run_files import ReportError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,10 +1,14 @@
 """How evenly experts are used, and how differently the domains use them; numpy over arrays of load.
 
 `load_LE[l, e]` is the fraction of the assignments of MoE layer l that went to expert e; it sums to 1 over e.
-`load_DLE` is a dict from the name of a domain to such an array. Every number is per layer, shape [L].
+`load_DLE` is a dict from the name of a domain to such an array. Every number is per layer, shape [L]. Layers of
+different numbers of experts are asked one by one, as [1, E]; `load_DL` is a dict to a list of [E_l], one a layer.
+
+Source: Qiu et al. 2025 (arXiv 2501.11873), section on specialisation, for the busy experts that domains share.
+Differs from the paper: which experts count as busy, and the number for the overlap, are ours.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -16,6 +20,8 @@ Array = NDArray[np.float64]
 # the plain noise of a balanced router stays above it (1 % of the share is 9.9 standard deviations down already for
 # an expert that expects 100 assignments).
 DEAD_SHARE = 0.01
+# The paper on specialisation speaks of experts above 0.2 where the even share is 0.0625; ours need twice theirs.
+HOT_SHARE = 2.0
 
 
 def max_violation(load_LE: ArrayLike) -> Array:
@@ -62,6 +68,66 @@ def pooled_load(load_DLE: Mapping[str, ArrayLike], weight_D: Mapping[str, float]
 def top_experts(load_LE: ArrayLike, count: int) -> NDArray[np.int64]:
     """The `count` most used experts of each layer, the most used first, ties by index; shape [L, min(count, E)]."""
     return np.argsort(-_checked(load_LE), axis=-1, kind="stable")[..., :count]
+
+
+def hot_experts(load_DL: Mapping[str, Sequence[ArrayLike]]) -> dict[str, set[tuple[int, int]]]:
+    """(layer, expert) of every domain's busy experts: load at least `HOT_SHARE` = 2 times the even share 1 / E."""
+    found = {}
+    for name, load_L in load_DL.items():
+        loads = [np.asarray(load_E, np.float64) for load_E in load_L]
+        found[name] = {
+            (layer, int(expert))
+            for layer, load_E in enumerate(loads)
+            for expert in np.flatnonzero(load_E * len(load_E) >= HOT_SHARE)
+        }
+    return found
+
+
+def hot_overlap(hot: Mapping[str, set[tuple[int, int]]]) -> Array:
+    """`|H_a and H_b| / |H_a or H_b|` for every pair of domains, shape [D, D]; nan where neither has a busy expert."""
+    either = [[len(a | b) for b in hot.values()] for a in hot.values()]
+    both = [[len(a & b) for b in hot.values()] for a in hot.values()]
+    return np.where(np.array(either) > 0, np.array(both) / np.maximum(either, 1), np.nan)
+
+
+def pair_lift(pairs_EE: ArrayLike, *, rarest: float = 10.0) -> Array:
+    """How much oftener two experts of one layer serve the same token than their loads alone say, shape [E, E].
+
+        lift_ef = pairs_ef / expected_ef,   expected_ef = N n_e n_f / sum_{a != b} n_a n_b   (e != f)
+
+    with n_e = pairs_ee the tokens of an expert and N = sum_{e != f} pairs_ef. A token never takes an expert twice, so
+    the plain n_e n_f / T of independence is too large (for even load its lift would be (K - 1) E / (K (E - 1)) < 1
+    for every pair); `expected` is scaled to the pairs there are. nan on the diagonal and where fewer than `rarest`
+    tokens are expected: of so few no ratio means anything.
+    """
+    pairs = np.asarray(pairs_EE, np.float64)
+    n_E, other = np.diag(pairs), ~np.eye(len(pairs), dtype=bool)
+    by_chance = np.outer(n_E, n_E) * other
+    expected = by_chance * (pairs[other].sum() / max(by_chance.sum(), 1.0))
+    return np.where(other & (expected >= rarest), pairs / np.where(expected > 0, expected, 1.0), np.nan)
+
+
+def conditional(pairs_EE: ArrayLike) -> Array:
+    """P(f | e) = pairs_ef / n_e: of the tokens of expert e the share that f serves too; 0 for an expert of none."""
+    pairs = np.asarray(pairs_EE, np.float64)
+    return pairs / np.maximum(np.diag(pairs), 1.0)[:, None]
+
+
+def chain(likeness_EE: ArrayLike) -> list[int]:
+    """The experts in an order that puts those next to each other that are alike: each time the best at either end."""
+    likeness = np.nan_to_num(np.asarray(likeness_EE, np.float64), nan=0.0, posinf=10.0, neginf=-10.0)
+    left = set(range(len(likeness)))
+    first = int(np.where(np.eye(len(likeness), dtype=bool), -np.inf, likeness).max(axis=1).argmax())
+    order = [first]
+    left.remove(first)
+    while left:
+        end, expert = max(
+            ((end, expert) for end in (0, -1) for expert in sorted(left)),
+            key=lambda pair: likeness[order[pair[0]], pair[1]],
+        )
+        order = [expert, *order] if end == 0 else [*order, expert]
+        left.remove(expert)
+    return order
 
 
 def _checked(load_LE: ArrayLike) -> Array:

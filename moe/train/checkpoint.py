@@ -77,13 +77,18 @@ class Checkpoints:
         self._manager.close()
 
 
-def latest_step(workdir: Path) -> int:
-    """Step of the newest complete checkpoint; ConfigError if there is none."""
+def saved_steps(workdir: Path) -> list[int]:
+    """Steps of the complete checkpoints, rising; ConfigError if there is none."""
     folder = workdir / FOLDER
     steps = ocp.utils.checkpoint_steps(folder.absolute()) if folder.is_dir() else []
     if not steps:
         raise ConfigError(f"workdir = '{workdir}': holds no complete checkpoint in {FOLDER}/")
-    return max(steps)
+    return sorted(steps)
+
+
+def latest_step(workdir: Path) -> int:
+    """Step of the newest complete checkpoint; ConfigError if there is none."""
+    return saved_steps(workdir)[-1]
 
 
 def restore_parts(workdir: Path, step: int, abstract: dict[str, Any]) -> dict[str, Any]:

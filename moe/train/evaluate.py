@@ -8,7 +8,8 @@ tokenizers and with a compressor's output on the same bytes.
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,57 +28,95 @@ from moe.train.state import TrainState
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DomainResult:
-    """What was measured on one domain's held-out bytes."""
+    """What was measured on one domain's held-out bytes. L counts MoE layers: zero of them for a dense model."""
 
     num_bytes: int
     num_tokens: int
+    """Predicted tokens."""
     nats: float
     load_LE: np.ndarray
-    """float32 [L, E] load per MoE layer; zero layers for a dense model."""
+    """float32 [L, E] load per MoE layer; E is that of the widest layer."""
+    frequency_LE: np.ndarray
+    """float32 [L, E] share of the real tokens that take the expert: (1/T) sum_t 1[e in experts of t]; adds up to K."""
+    chosen_prob_L: np.ndarray
+    """float32 [L] mean over real tokens of the probability mass on the experts they take: at least K / E for top-k."""
 
     @property
     def bits_per_byte(self) -> float:
         return self.nats / math.log(2) / self.num_bytes
 
 
-class Evaluator:
-    """Evaluates parameters on the corpus's validation documents with one compiled function."""
+class Measured(NamedTuple):
+    """Sums over one batch of held-out text."""
 
-    def __init__(self, config: RunConfig, model: Decoder, corpus: Corpus, mesh: Mesh):
+    nats: jax.Array
+    targets: jax.Array
+    tokens: jax.Array
+    """int32 real tokens that were routed."""
+    count_LE: jax.Array
+    chosen_prob_L: jax.Array
+    expert_LBR: jax.Array | None
+    """Every assignment, if the evaluator keeps them and the layers have equally many; see `Statistics.expert_BR`."""
+    token_LBR: jax.Array | None
+
+
+Watch = Callable[[Measured, Arrays], None]
+
+
+class Evaluator:
+    """Evaluates parameters on the corpus's validation documents with one compiled function, `measure`."""
+
+    def __init__(self, config: RunConfig, model: Decoder, corpus: Corpus, mesh: Mesh, *, keep_choices: bool = False):
         self._config, self._corpus = config, corpus
         self._sharding = axes.sharding(mesh, ("batch", "position"))
 
-        def measure(params: Any, bias_LE: jax.Array, arrays: Arrays) -> tuple[jax.Array, jax.Array, jax.Array]:
-            key = jax.random.key(0)
-            logits, stats = forward(model, params, arrays, bias_LE, step=jnp.int32(0), key=key, train=False)
+        def measure(params: Any, bias_LE: jax.Array, arrays: Arrays) -> Measured:
+            logits, stats, _ = forward(
+                model, params, arrays, bias_LE, step=jnp.int32(0), key=jax.random.key(0), train=False,
+                keep_choices=keep_choices,
+            )  # fmt: skip
             real_BS = real_targets(arrays["segment_ids"])
             nats = jnp.where(real_BS, token_losses(logits, arrays["tokens"][:, 1:]), 0.0).sum()
-            counts = stats.count_BE.sum(axis=1) if stats is not None else jnp.zeros((0, 1), jnp.int32)
-            return nats, real_BS.sum(), counts
+            if stats is None:
+                none = jnp.zeros((0, 1), jnp.int32)
+                return Measured(nats, real_BS.sum(), jnp.int32(0), none, jnp.zeros((0,)), None, None)
+            return Measured(
+                nats, real_BS.sum(), stats.tokens_B[0].sum(), stats.count_BE.sum(axis=1),
+                stats.chosen_prob_B.sum(axis=1), stats.expert_BR, stats.token_BR,
+            )  # fmt: skip
 
-        self._measure = jax.jit(measure, out_shardings=axes.sharding(mesh, ()))
+        self.measure = jax.jit(measure, out_shardings=axes.sharding(mesh, ()))
         self._bias = jax.jit(lambda states: bias_of(model, config.balance, states))
 
     def __call__(self, state: TrainState, max_bytes: int) -> dict[str, DomainResult]:
         """Results for every domain of the corpus, each on at most `max_bytes` held-out bytes."""
         return self.of(state.params, self._bias(state.balance), max_bytes)
 
-    def of(self, params: Any, bias_LE: jax.Array, max_bytes: int) -> dict[str, DomainResult]:
-        """The same for parameters and expert bias that come from elsewhere."""
-        return {name: self._domain(params, bias_LE, name, max_bytes) for name in self._corpus.domains}
+    def of(
+        self, params: Any, bias_LE: jax.Array, max_bytes: int, watch: Watch | None = None
+    ) -> dict[str, DomainResult]:
+        """The same for parameters and expert bias that come from elsewhere; `watch` sees every batch go by."""
+        return {name: self._domain(params, bias_LE, name, max_bytes, watch) for name in self._corpus.domains}
 
-    def _domain(self, params: Any, bias_LE: jax.Array, name: str, max_bytes: int) -> DomainResult:
+    def _domain(self, params: Any, bias_LE: jax.Array, name: str, max_bytes: int, watch: Watch | None) -> DomainResult:
         held_out = self._corpus.validation(name, max_bytes)
         batch = self._config.microbatch_size
         found = []
         for arrays in held_out.batches(batch, self._config.data.seq_len):
-            found.append(self._measure(params, bias_LE, place(arrays, self._sharding)))
-        nats, tokens, counts = (np.stack(column) for column in zip(*jax.device_get(found), strict=True))
+            placed = place(arrays, self._sharding)
+            measured = self.measure(params, bias_LE, placed)
+            found.append(measured[:5])
+            if watch is not None:
+                watch(measured, placed)
+        sums = (np.stack(column) for column in zip(*jax.device_get(found), strict=True))
+        nats, targets, tokens, counts, chosen_prob = (column.astype(np.float64).sum(axis=0) for column in sums)
         return DomainResult(
             num_bytes=held_out.num_bytes,
-            num_tokens=int(tokens.sum()),
-            nats=float(nats.astype(np.float64).sum()),
-            load_LE=np.asarray(load(counts.sum(axis=0))),
+            num_tokens=int(targets),
+            nats=float(nats),
+            load_LE=np.asarray(load(jnp.asarray(counts.astype(np.int32)))),
+            frequency_LE=(counts / max(tokens, 1)).astype(np.float32),
+            chosen_prob_L=(chosen_prob / max(tokens, 1)).astype(np.float32),
         )
 
 

@@ -23,7 +23,7 @@ from moe.train.load import check_fits, load_config, load_params
 from moe.train.metrics import MetricWriter
 from moe.train.place import local_rows, place
 from moe.train.progress import Progress
-from moe.train.record import Pending, Recorder, Trace
+from moe.train.record import Pending, Recorder, Trace, describe_balance
 from moe.train.run import RunConfig
 from moe.train.state import TrainState, create_state, init_state, make_optimizer, state_shardings
 from moe.train.step import BATCH_LOGICAL, jit_step
@@ -68,7 +68,10 @@ class _Session:
             self.step = jit_step(config, self.model, self.tx, self.mesh, self.shardings)
             self.evaluator = Evaluator(config, self.model, self.corpus, self.mesh)
         if jax.process_index() == 0:
-            open_workdir(workdir, config, record | {"data_fingerprint": self.corpus.fingerprint})
+            balance = describe_balance(config)
+            open_workdir(workdir, config, record | {"data_fingerprint": self.corpus.fingerprint, "balance": balance})
+            for name, what in balance.items():
+                log.info("balance rule %s: %s", name, what)
         self.checkpoints = Checkpoints(workdir, config.checkpoint)
         self.loader = TrainLoader(
             self.corpus,

@@ -6,14 +6,16 @@ with n the real targets of the WHOLE batch, known before the first micro-batch r
 up to the loss of the batch, for every term alike, so accumulation cannot rescale one against another. Nats per token.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from moe import param
-from moe.balance import BalanceRule, Batch, Statistics, selection_bias
-from moe.models import Decoder
+from moe.balance import BalanceRule, Batch, Statistics, asked, selection_bias
+from moe.models import Decoder, Predictions
+from moe.models.ahead import real_targets_ahead, targets_ahead
 from moe.routing.base import Context
 
 Arrays = dict[str, jax.Array]
@@ -34,9 +36,13 @@ def token_losses(logits_BSV: jax.Array, target_BS: jax.Array) -> jax.Array:
 
 def forward(
     model: Decoder, params: Any, arrays: Arrays, bias_LE: jax.Array, *, step: jax.Array, key: jax.Array,
-    first_sequence: jax.Array | int = 0, train: bool,
-) -> tuple[jax.Array, Statistics | None]:  # fmt: skip
-    """Logits of a micro-batch [B, S+1] and its statistics; `first_sequence` is its first global sequence index."""
+    first_sequence: jax.Array | int = 0, train: bool, keep_choices: bool = False,
+    shortfall: tuple[float, int] | None = None,
+) -> Predictions:  # fmt: skip
+    """What the model says of a micro-batch [B, S+1]; `first_sequence` is its first global sequence index.
+
+    `keep_choices`: the statistics hold every assignment too; `shortfall`: a histogram of missing scores.
+    """
     B = arrays["tokens"].shape[0]
     context = Context(
         token_BS=arrays["tokens"][:, :-1],
@@ -47,14 +53,18 @@ def forward(
         step=step,
         key=jax.random.fold_in(key, step),
         train=train,
+        keep_choices=keep_choices,
+        shortfall=shortfall,
     )
-    return param.bind(model, params)(context, bias_LE)
+    return param.bind(model, params).predict(context, bias_LE)
 
 
 class Share(NamedTuple):
     """What one micro-batch leaves behind, beside its gradient."""
 
     lm: jax.Array
+    later: jax.Array | None
+    """Of the tokens further ahead, before its coefficient; None if none are predicted."""
     terms: dict[str, jax.Array]
     """Per rule with a loss term: [L] before the coefficient."""
     records: dict[str, Any]
@@ -68,12 +78,19 @@ def share_of_loss(
     """(this micro-batch's share of the loss, (carries for the next one, what is left behind))."""
     bias_LE = bias_of(model, rules, states)
     first = batch.microbatch * arrays["tokens"].shape[0]
-    logits, stats = forward(model, params, arrays, bias_LE, step=step, key=key, first_sequence=first, train=True)
+    found = forward(
+        model, params, arrays, bias_LE, step=step, key=key, first_sequence=first, train=True, **asked(rules)
+    )
+    stats = found.statistics
     with jax.named_scope("loss"):
-        nll_BS = token_losses(logits, arrays["tokens"][:, 1:])
+        nll_BS = token_losses(found.logits_BSV, arrays["tokens"][:, 1:])
         lm = jnp.where(real_targets(arrays["segment_ids"]), nll_BS, 0.0).sum() / num_targets
+        total, later = lm, None
+        if (ahead := model.config.ahead) is not None:
+            later = loss_ahead(found.later, arrays) / num_targets
+            total = lm + ahead.coefficient * later
     with jax.named_scope("balance"):
-        total, terms, records, next_carries = lm, {}, {}, {}
+        terms, records, next_carries = {}, {}, {}
         for rule in rules:
             if stats is None:
                 raise ValueError(f"balance rule {rule.name!r} is configured, but the model returned no statistics")
@@ -82,11 +99,20 @@ def share_of_loss(
             )
             if value_L is not None:
                 terms[rule.name] = value_L
-                total = total + rule.coefficient * value_L.sum()
-            elif rule.coefficient:
+                total = total + rule.coefficient * value_L.sum() if rule.weighs else total
+            elif rule.weighs:
                 raise ValueError(f"balance rule {rule.name!r} has coefficient {rule.coefficient} but no loss term")
     kept = jax.tree.map(jax.lax.stop_gradient, stats)
-    return total, (next_carries, Share(lm, terms, records, kept))
+    return total, (next_carries, Share(lm, later, terms, records, kept))
+
+
+def loss_ahead(later: Sequence[jax.Array], arrays: Arrays) -> jax.Array:
+    """Nats of the tokens further ahead, summed over positions that have them, mean over the blocks; see `ahead`."""
+    total = jnp.zeros(())
+    for offset, logits_BSV in enumerate(later, 1):
+        nll_BS = token_losses(logits_BSV, targets_ahead(arrays["tokens"], offset))
+        total = total + jnp.where(real_targets_ahead(arrays["segment_ids"], offset), nll_BS, 0.0).sum()
+    return total / len(later)
 
 
 def bias_of(model: Decoder, rules: tuple[BalanceRule, ...], states: dict[str, Any]) -> jax.Array:

@@ -43,7 +43,7 @@ class Recorder:
         seconds, self._last = now - self._last, now
         values |= {
             "step": pending.step,
-            "tokens": pending.step * self._tokens,
+            "tokens": pending.step * self._tokens,  # positions, padding included; real ones: load/tokens
             "time/step_s": seconds,
             "time/data_wait_s": pending.waited,
             "time/tokens_per_s": self._tokens / seconds,
@@ -70,6 +70,22 @@ class Recorder:
     def restart(self) -> None:
         """Leaves out of the next step's time what was done since the last `read` (evaluating, saving)."""
         self._last = time.perf_counter()
+
+
+def describe_balance(config: RunConfig) -> dict[str, str]:
+    """What each balance rule of a run does, by its name; for a load over the whole batch, how it is come by."""
+    found = {}
+    for rule in config.balance:
+        parts = [type(rule).__name__]
+        if rule.coefficient:
+            parts.append(f"coefficient {rule.coefficient:g}")
+        parts += [f"{name} {getattr(rule, name)}" for name in ("scope", "accumulation") if hasattr(rule, name)]
+        if rule.needs_prepass(config.accumulation, config.microbatch_size):
+            parts.append("a pass without gradient over the whole batch comes before every update")
+        elif hasattr(rule, "accumulation"):
+            parts.append("no extra pass")
+        found[rule.name] = ", ".join(parts)
+    return found
 
 
 class Trace:

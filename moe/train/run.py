@@ -5,11 +5,12 @@ import math
 from collections.abc import Iterator
 
 from moe.axes import MeshConfig
-from moe.balance import BalanceRule, LoadBalanceConfig
-from moe.config import at_least
+from moe.balance import BalanceRule, LoadBalanceConfig, asked
+from moe.config import at_least, walk
 from moe.data import DataConfig
 from moe.models import DecoderConfig
 from moe.optim import AdamWConfig
+from moe.routing.base import RouterConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,12 +92,28 @@ class RunConfig:
             yield "balance", "must be (): the model has no MoE layer for it to act on"
         names = [rule.name for rule in self.balance]
         for index, rule in enumerate(self.balance):
-            if rule.name == "lm":  # the language model's own term in the log
-                yield f"balance.{index}.name", "must not be 'lm': `loss/lm` is the language-model loss"
+            if rule.name in ("lm", "ahead"):  # the language model's own terms in the log
+                yield f"balance.{index}.name", f"must not be {rule.name!r}: `loss/{rule.name}` is the model's own loss"
             if rule.name in names[:index]:
                 yield f"balance.{index}.name", "must differ from the names of the other balance rules"
             for field, limit in rule.batch_problems(self.accumulation, self.microbatch_size):
                 yield f"balance.{index}.{field}", limit
+            if self.model.num_moe_layers:
+                for field, limit in rule.model_problems(self.model.exists_LE):
+                    yield f"balance.{index}.{field}", limit
+        yield from self._bias_problems()
+
+    def _bias_problems(self) -> Iterator[tuple[str, str]]:
+        """A rule that moves the expert bias, and a router that does not read it; two rules that ask for two things."""
+        routers = [part for _, part in walk(self.model) if isinstance(part, RouterConfig)]
+        deaf = [type(router).__name__ for router in routers if not router.uses_bias]
+        for index, rule in enumerate(self.balance):
+            if rule.moves_bias and deaf:
+                yield f"balance.{index}.name", f"moves the expert bias, which {deaf[0]} does not read"
+        try:
+            asked(self.balance)
+        except ValueError as error:
+            yield "balance", str(error)
 
     def _mesh_problems(self) -> Iterator[tuple[str, str]]:
         mesh, model = self.mesh, self.model
@@ -106,25 +123,12 @@ class RunConfig:
                 "batch_size",
                 f"a micro-batch of {self.microbatch_size} sequences must be divisible by data * fsdp * expert = {cuts}",
             )
-        divisible = {
-            "model.width": mesh.fsdp,
-            "model.vocab_size": mesh.tensor,
-            "model.mlp_hidden": mesh.tensor,
-            "model.attention.num_heads": mesh.tensor,
-            "model.attention.num_kv_heads": mesh.tensor,
-        }
-        if model.moe is not None:
-            divisible |= {"model.moe.num_experts": mesh.expert, "model.moe.expert_hidden": mesh.tensor}
-            divisible |= {"model.moe.shared_hidden": mesh.tensor}
-        axis_of = {"width": "fsdp", "num_experts": "expert"}
-        for path, size in divisible.items():
-            value: object = self
-            for name in path.split("."):
-                value = getattr(value, name)
-            assert isinstance(value, int)
-            if value % size:
-                axis = axis_of.get(path.rsplit(".", 1)[1], "tensor")
-                yield path, f"must be divisible by mesh.{axis} = {size}"
+        divisible = [("width", model.width, "fsdp"), ("vocab_size", model.vocab_size, "tensor")]
+        for prefix, sublayer in model.sublayers:
+            divisible += [(prefix + field, size, axis) for field, size, axis in sublayer.divisible()]
+        for path, size, axis in divisible:
+            if size % (cut := getattr(mesh, axis)):
+                yield f"model.{path}", f"must be divisible by mesh.{axis} = {cut}"
 
     @property
     def evaluates_before_saving(self) -> bool:

@@ -30,6 +30,8 @@ class TrainState:
     """int32 updates skipped so far because loss or gradient was not finite."""
     skipped_in_row: jax.Array
     """int32 of these, how many without a good one since."""
+    idle_LE: jax.Array | None
+    """int32 updates since each expert of each MoE layer last received a token; None without such a layer."""
 
 
 def make_optimizer(config: RunConfig, model: Decoder) -> optax.GradientTransformation:
@@ -51,6 +53,7 @@ def init_state(config: RunConfig, tx: optax.GradientTransformation, key: jax.Arr
         key=run_key,
         skipped=zero,
         skipped_in_row=zero,
+        idle_LE=jnp.zeros(config.model.exists_LE.shape, jnp.int32) if config.model.num_moe_layers else None,
     )
 
 

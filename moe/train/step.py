@@ -19,13 +19,13 @@ import optax
 from jax.sharding import Mesh
 
 from moe import axes
-from moe.balance import Batch, Statistics, summary
+from moe.balance import Batch, Statistics, asked, idle_steps
 from moe.models import Decoder
 from moe.train.loss import Arrays, Share, bias_of, forward, real_targets, share_of_loss
 from moe.train.run import RunConfig
 from moe.train.state import TrainState
+from moe.train.step_metrics import Metrics, step_metrics
 
-Metrics = dict[str, jax.Array]
 BATCH_LOGICAL = ("accumulation", "batch", "position")
 
 
@@ -42,9 +42,10 @@ def make_step(
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         balance = {rule.name: rule.update(state.balance[rule.name], _need(share.statistics)) for rule in config.balance}
-        moved = (params, opt_state, balance)
-        kept = (state.params, state.opt_state, state.balance)
-        params, opt_state, balance = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept)
+        idle_LE = None if state.idle_LE is None else idle_steps(state.idle_LE, _need(share.statistics))
+        moved = (params, opt_state, balance, idle_LE)
+        kept = (state.params, state.opt_state, state.balance, state.idle_LE)
+        params, opt_state, balance, idle_LE = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept)
         state = dataclasses.replace(
             state,
             params=params,
@@ -53,8 +54,9 @@ def make_step(
             step=state.step + 1,
             skipped=state.skipped + ~finite,
             skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
+            idle_LE=idle_LE,
         )
-        return state, _metrics(config, state, loss, grad_norm, share)
+        return state, step_metrics(config, state, loss, grad_norm, share)
 
     return step
 
@@ -86,7 +88,7 @@ def batch_gradient(
             before = _prepass(config, model, state, arrays)
 
     def micro(carries: dict[str, Any], index: jax.Array, one: Arrays) -> Any:
-        batch = Batch(index, A, num_tokens, before)
+        batch = Batch(index, A, num_tokens, before, state.step, state.key)
         return jax.value_and_grad(share_of_loss, has_aux=True)(
             state.params, model, config.balance, state.balance, carries, one, batch, num_targets,
             step=state.step, key=state.key,
@@ -116,37 +118,13 @@ def _prepass(config: RunConfig, model: Decoder, state: TrainState, arrays: Array
     def body(_: None, scanned: Any) -> tuple[None, Statistics]:
         index, one = scanned
         first = index * B
-        found = forward(model, params, one, bias_LE, step=state.step, key=state.key, first_sequence=first, train=True)
-        return None, _need(found[1])
+        found = forward(
+            model, params, one, bias_LE, step=state.step, key=state.key, first_sequence=first, train=True,
+            **asked(config.balance),
+        )  # fmt: skip
+        return None, _need(found.statistics)
 
     return jax.lax.scan(body, None, (jnp.arange(arrays["tokens"].shape[0], dtype=jnp.int32), arrays))[1]
-
-
-def _metrics(config: RunConfig, state: TrainState, loss: jax.Array, grad_norm: jax.Array, share: Share) -> Metrics:
-    metrics = {
-        "loss": loss,
-        "loss/lm": share.lm.sum(),
-        "grad_norm": grad_norm,
-        "learning_rate": config.optim.schedule.build(config.optim.learning_rate, config.steps)(
-            jnp.maximum(state.step - 1 - state.skipped, 0)
-        ),
-        "skipped_total": state.skipped,
-        "skipped_in_row": state.skipped_in_row,
-    }
-    if share.statistics is not None:
-        stats = share.statistics
-        metrics |= summary(stats)
-        metrics["load/tokens"] = stats.tokens_B[:, 0].sum()
-    for rule in config.balance:
-        if rule.name in share.terms:
-            value_L = share.terms[rule.name].sum(axis=0)
-            metrics[f"balance/{rule.name}"] = value_L
-            metrics[f"loss/{rule.name}"] = rule.coefficient * value_L.sum()
-            metrics[f"weight/{rule.name}"] = jnp.float32(rule.coefficient)
-        metrics |= rule.report(share.records[rule.name], _need(share.statistics))
-        if (bias := state.balance[rule.name].get("bias")) is not None:
-            metrics[f"balance/{rule.name}/range"] = bias.max(axis=-1) - bias.min(axis=-1)
-    return metrics
 
 
 def _need(stats: Statistics | None) -> Statistics:

@@ -11,13 +11,21 @@ import numpy as np
 import pytest
 
 from launch.report import main
-from moe.analysis.plots import expert_order, moving_average
-from moe.analysis.report import ReportError, curve, write_report
+from moe.analysis import report, report_history, report_routing
+from moe.analysis.plots import moving_average
+from moe.analysis.plots_routing import expert_order
+from moe.analysis.report import write_report
+from moe.analysis.run_files import ReportError, curve
 from moe.train.metrics import MetricWriter
 
 DOMAINS = ("code", "english", "tables", "headers", "names")
 LAYERS, EXPERTS, STEPS = (1, 2, 3), 16, 600
 HELD_OUT = {"code": 1.21, "english": 1.83, "tables": 0.92, "headers": 0.74, "names": 2.35}
+
+
+PICTURES = {"overview", "baselines", "training", "load", "histogram", "router", "routing", "topk_sum", "overlap"}
+PICTURES |= {"pairs", "agreement"}
+BINS = (0.0, 0.01, 0.25, 0.5, 0.8, 1.25, 2.0, 4.0)
 
 
 def make_run(workdir: Path, steps: int = STEPS, moe: bool = True, evaluated: bool = True) -> Path:
@@ -26,10 +34,23 @@ def make_run(workdir: Path, steps: int = STEPS, moe: bool = True, evaluated: boo
     with MetricWriter(workdir, resume_step=0) as writer:
         for step in range(1, steps + 1):
             writer.write(step, training_record(rng, step, moe, evaluated and step % 100 == 0))
-    (workdir / "config.json").write_text(json.dumps({"type": "configs.toy:RunConfig", "steps": steps}))
+    router = {"type": "somewhere.mine:OwnRouterConfig", "num_selected": 2, "init_std": 0.5}
+    config = {"type": "configs.toy:RunConfig", "steps": steps, "model": {"stacks": [{"layers": [{"router": router}]}]}}
+    (workdir / "config.json").write_text(json.dumps(config))
+    (workdir / "run.json").write_text(json.dumps({"starts": [{}, {"balance": {"even": "by exact, one pass more"}}]}))
     if evaluated:
         (workdir / "evaluation.json").write_text(json.dumps(final_evaluation(rng, steps, moe)))
+    if evaluated and moe:
+        np.savez_compressed(workdir / "pairs.npz", pairs=made_pairs(rng, len(LAYERS), EXPERTS))
     return workdir
+
+
+def made_pairs(rng: np.random.Generator, layers: int, experts: int) -> np.ndarray:
+    """Pairs [L, E, E] of tokens with two experts each, three times as often of the same parity as not."""
+    same = (np.arange(experts)[:, None] + np.arange(experts)) % 2 == 0
+    pairs = np.triu(rng.poisson(np.where(same, 45, 15), (layers, experts, experts)), 1)
+    pairs = pairs + pairs.swapaxes(1, 2)
+    return pairs + np.eye(experts, dtype=int) * pairs.sum(axis=2)[:, None]
 
 
 def training_record(rng: np.random.Generator, step: int, moe: bool, evaluated: bool) -> dict:
@@ -40,6 +61,10 @@ def training_record(rng: np.random.Generator, step: int, moe: bool, evaluated: b
     if moe:
         violation = np.array([0.35, 0.55, 0.8]) + 3 * decay + 0.08 * rng.random(3)
         record |= {"load/max_violation": violation, "load/entropy": 0.99 - 0.06 * violation}
+        record |= {"load/max_violation_micro": violation + 0.3, "load/idle_max": [0, 3, max(0, 200 - step)]}
+        record |= {"router/chosen_prob": [0.2, 0.3, 0.4], "router/margin": [0.01, 0.02, 0.04]}
+        record |= {"balance/expert_bias/range": [0.1 * step / 600, 0.2, 0.3]}
+        record |= {f"load/histogram/from_{low:g}": [int(low == 0.8) * 10 + 1, 2, 2] for low in BINS}
         record |= {"load/dead": [0, 0, int(step < 60)], "load/dropped": 0.02 * violation, "loss/load_balance": 0.01}
     if evaluated:
         by_domain = {name: value * (1 + 2 * decay) for name, value in HELD_OUT.items()}
@@ -59,6 +84,8 @@ def final_evaluation(rng: np.random.Generator, step: int, moe: bool) -> dict:
             taste = np.array([(np.arange(EXPERTS) * 7 + layer) % EXPERTS % 5 == index for layer in LAYERS])
             load = rng.dirichlet(np.full(EXPERTS, 6.0), len(LAYERS)) + taste * np.array([0.03, 0.1, 0.2])[:, None]
             domain["load"] = (load / load.sum(axis=1, keepdims=True)).tolist()
+            domain["frequency"] = (2 * load / load.sum(axis=1, keepdims=True)).tolist()
+            domain["chosen_prob"] = [0.15 + 0.02 * index, 0.2, 0.3]
         domains[name] = domain
     return {
         "step": step,
@@ -68,7 +95,12 @@ def final_evaluation(rng: np.random.Generator, step: int, moe: bool) -> dict:
         "domains": domains,
         "mean_bits_per_byte": float(np.mean(list(HELD_OUT.values()))),
         "load_layers": list(LAYERS) if moe else [],
+        "num_experts": [EXPERTS] * len(LAYERS) if moe else [],
+        "choices": {"skipped": None if moe else "the model has no MoE layer", "against": 500, "agreement": AGREEMENT},
     }
+
+
+AGREEMENT = {"kept": [0.9, 0.8, 0.7], "jaccard": [0.85, 0.7, 0.6], "chance": [0.2, 0.15, 0.15]}
 
 
 def png_size(path: Path) -> tuple[int, int]:
@@ -86,30 +118,38 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_pictures_have_the_right_size_and_the_report_shows_them_all(run: Path) -> None:
-    report = (run / "report" / "report.md").read_text()
+    text = (run / "report" / "report.md").read_text()
     sizes = {path.name: png_size(path) for path in (run / "report").glob("*.png")}
     assert sizes["overview.png"] == (1600, 900)
     assert (run / "report" / "overview.png").stat().st_size < 250_000
-    assert set(sizes) == {"overview.png", "baselines.png", "training.png", "load.png", "routing.png"}
+    assert set(sizes) == {f"{name}.png" for name in PICTURES}
     for name, (width, height) in sizes.items():
-        assert f"]({name})" in report
+        assert f"]({name})" in text
         assert width >= 1000 and height >= 500
         assert (run / "report" / name).stat().st_size > 10_000
 
 
 def test_numbers_in_the_report_are_those_of_the_run(run: Path) -> None:
-    report = (run / "report" / "report.md").read_text()
+    text = (run / "report" / "report.md").read_text()
     evaluation = json.loads((run / "evaluation.json").read_text())
     for name, domain in evaluation["domains"].items():
         numbers = [domain[key] for key in ("bits_per_byte", "unigram", "gzip", "xz")]
         cells = [name, f"{domain['bytes']:,}", *(f"{number:.4f}" for number in numbers)]
-        assert "| " + " | ".join(cells) + " |" in report
-    assert "| **mean** |  | 1.4100 |" in report  # (1.21 + 1.83 + 0.92 + 0.74 + 2.35) / 5
-    assert "| parameters | 12,345,678 |" in report
-    assert "| active parameters a token | 3,456,789 |" in report
-    assert "| training tokens | 4,915,200 |" in report  # 600 * 8192
+        assert "| " + " | ".join(cells) + " |" in text
+    assert "| **mean** |  | 1.4100 |" in text  # (1.21 + 1.83 + 0.92 + 0.74 + 2.35) / 5
+    assert "| parameters | 12,345,678 |" in text
+    assert "| active parameters a token | 3,456,789 |" in text
+    assert "| training tokens, padding included | 4,915,200 |" in text  # 600 * 8192
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are empty files: drawing takes seconds."""
+    for module in (report, report_history, report_routing):
+        monkeypatch.setattr(module, "save_figure", lambda path, size, draw: path.touch())
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_summary_is_flat_numbers_and_keeps_what_it_had(tmp_path: Path) -> None:
     workdir = make_run(tmp_path, steps=100)
     (workdir / "summary.json").write_text(json.dumps({"parameters/total": 1, "compile_s": 8.5}))
@@ -119,7 +159,7 @@ def test_summary_is_flat_numbers_and_keeps_what_it_had(tmp_path: Path) -> None:
     assert summary["compile_s"] == 8.5
     assert summary["parameters/total"] == 12_345_678
     assert summary["steps"] == summary["evaluation_step"] == 100
-    assert summary["bits_per_byte/code"] == 1.21
+    assert summary["bits_per_byte/code"] == 1.21 and summary["load/agreement/layer_2"] == 0.8
     load = np.array([d["load"] for d in json.loads((workdir / "evaluation.json").read_text())["domains"].values()])
     pairs = [np.abs(load[a, 2] - load[b, 2]).sum() / 2 for a in range(5) for b in range(a)]
     assert summary["load/domain_distance/layer_3"] == pytest.approx(np.mean(pairs))
@@ -131,23 +171,26 @@ def test_the_same_run_gives_the_same_bytes(run: Path) -> None:
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == first
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_dense_model_gets_a_report_without_routing(tmp_path: Path) -> None:
     workdir = make_run(tmp_path, steps=100, moe=False)
-    report = write_report(workdir).read_text()
-    assert "its model has no MoE layer" in report
+    text = write_report(workdir).read_text()
+    assert "its model has no MoE layer" in text
     assert {path.name for path in workdir.glob("report/*.png")} == {"overview.png", "baselines.png", "training.png"}
-    assert "nan" not in report
+    assert "nan" not in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_without_evaluation_or_config_says_so_and_drops_stale_pictures(tmp_path: Path) -> None:
     workdir = make_run(tmp_path, steps=50)
     write_report(workdir)
     for name in ("evaluation.json", "config.json"):
         (workdir / name).unlink()
-    report = write_report(workdir).read_text()
+    text = write_report(workdir).read_text()
     for sentence in ("no final evaluation", "not evaluated while it trained", "saved no `config.json`"):
-        assert sentence in report
-    assert {path.name for path in workdir.glob("report/*.png")} == {"training.png", "load.png"}
+        assert sentence in text
+    left = {"training.png", "load.png", "histogram.png", "router.png"}
+    assert {path.name for path in workdir.glob("report/*.png")} == left
 
 
 def test_one_record_one_domain_and_a_loss_that_is_not_a_number(tmp_path: Path) -> None:
@@ -155,23 +198,45 @@ def test_one_record_one_domain_and_a_loss_that_is_not_a_number(tmp_path: Path) -
         writer.write(1, {"loss": float("nan"), "load/max_violation": [0.5], "load/dropped": [0.0]})
     domain = {"bytes": 10, "tokens": 5, "bits_per_byte": 2.0, "load": [[0.5, 0.25, 0.25, 0.0]]}
     (tmp_path / "evaluation.json").write_text(json.dumps({"domains": {"only": domain}, "load_layers": [4]}))
-    report = write_report(tmp_path).read_text()
-    assert "| only | 10 | 2 | – | – | – |" in report
+    text = write_report(tmp_path).read_text()
+    assert "| only | 10 | 2 | – | – | – |" in text
     # max violation 4 * 0.5 - 1 = 1; entropy (0.5 + 0.5 + 0.5) / 2 = 0.75 in bits of log2 4; expert 3 is dead.
-    assert "| 4 | 1 | 0.7500 | 1 | – |" in report
-    assert "| 4 | 0 (2.0), 1 (1.0), 2 (1.0) |" in report
+    assert "| 4 | 1 | 0.7500 | 1 | – |" in text
+    assert "| 4 | 0 (2.0), 1 (1.0), 2 (1.0) |" in text
 
 
 def test_many_layers_and_experts_fit(tmp_path: Path) -> None:
-    make_run(tmp_path, steps=20)
-    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
-    for domain in evaluation["domains"].values():
-        domain["load"] = np.random.default_rng(1).dirichlet(np.ones(72), 7).tolist()
-    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation | {"load_layers": list(range(7))}))
+    make_large(tmp_path, layers=9, experts=40)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 21, "loss": 1.5}\n')  # a step that logged no load leaves its curves as they were
-    write_report(tmp_path)
-    assert png_size(tmp_path / "report" / "routing.png")[0] == 2400
+    text = write_report(tmp_path).read_text()
+    sizes = {path.stem: png_size(path) for path in tmp_path.glob("report/*.png")}
+    assert set(sizes) == PICTURES and sizes["routing"][0] == 2400
+    assert max(height for _, height in sizes.values()) <= 1500
+    # The last layer has half the experts, with even load: 0 from max violation, none dead, though the arrays are wider.
+    assert "| 8 | 0 | 1 | 0 | 0 |" in text
+
+
+def make_large(workdir: Path, layers: int, experts: int) -> None:
+    """A run with many layers, the last of them with half the experts of the others and even load."""
+    make_run(workdir, steps=20)
+    rng, half = np.random.default_rng(1), experts // 2
+    evaluation = json.loads((workdir / "evaluation.json").read_text())
+    for index, domain in enumerate(evaluation["domains"].values()):
+        load = rng.dirichlet(np.ones(experts), layers)
+        load[:-1, 10 * index : 10 * index + 4] += 0.1
+        load /= load.sum(axis=1, keepdims=True)
+        load[-1] = np.where(np.arange(experts) < half, 1 / half, 0)
+        domain |= {"load": load.tolist(), "frequency": (8 * load).tolist()}
+        domain["chosen_prob"] = (0.2 + 0.01 * index + 0.01 * np.arange(layers)).tolist()
+    agreement = {key: np.linspace(value[0], value[2], layers).tolist() for key, value in AGREEMENT.items()}
+    evaluation |= {"load_layers": list(range(layers)), "num_experts": [experts] * (layers - 1) + [half]}
+    evaluation["choices"] |= {"agreement": agreement}
+    (workdir / "evaluation.json").write_text(json.dumps(evaluation))
+    pairs = made_pairs(rng, layers, experts)
+    pairs[-1] = 0
+    pairs[-1, :half, :half] = made_pairs(rng, 1, half)[0]
+    np.savez_compressed(workdir / "pairs.npz", pairs=pairs)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +269,35 @@ def test_drawing_leaves_matplotlib_as_it_was(tmp_path: Path) -> None:
     assert dict(matplotlib.rcParams) == before
     code = "import sys, moe.analysis.report; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("changes", "sentence", "pictures"),
+    [
+        ({"skipped": "the layers differ"}, "Not studied: the layers differ.", set()),
+        ({"agreement": None}, "no checkpoint before this one is saved", {"pairs.png"}),
+    ],
+)
+def test_a_study_that_was_not_possible_says_why(
+    changes: dict[str, object], sentence: str, pictures: set[str], tmp_path: Path
+) -> None:
+    make_run(tmp_path, steps=5)
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    evaluation["choices"] |= changes
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    assert sentence in write_report(tmp_path).read_text()
+    assert {path.name for path in tmp_path.glob("report/[pa][ag]*.png")} == pictures
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_report_names_any_router_and_says_what_each_balance_rule_did(tmp_path: Path) -> None:
+    text = write_report(make_run(tmp_path, steps=5)).read_text()
+    assert "| router | `somewhere.mine:OwnRouterConfig`, num_selected 2, init_std 0.5 |" in text
+    assert "| balance rule even | by exact, one pass more |" in text
+    # Agreement and top-k sum are those of the evaluation: floor K / E = 2 / 16.
+    assert "| 1 | 0.9000 | 0.8500 | 0.2000 |" in text
+    assert "| 2 | 0.1250 | 0.2000 | 0.2000 | 0.2000 | 0.2000 | 0.2000 |" in text
 
 
 def test_expert_order_makes_a_staircase() -> None:

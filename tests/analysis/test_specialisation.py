@@ -4,10 +4,15 @@ import numpy as np
 import pytest
 
 from moe.analysis.specialisation import (
+    chain,
+    conditional,
     dead_experts,
     domain_distance,
+    hot_experts,
+    hot_overlap,
     max_violation,
     normalised_entropy,
+    pair_lift,
     pooled_load,
     top_experts,
 )
@@ -77,3 +82,38 @@ def test_domains_must_be_two_and_of_one_shape() -> None:
         domain_distance({"a": [EVEN]})
     with pytest.raises(ValueError, match="differ in shape"):
         domain_distance({"a": [EVEN], "b": [EVEN, EVEN]})
+
+
+def test_busy_experts_take_twice_their_share_in_layers_of_any_width() -> None:
+    load_DL = {"a": [HALF, [0.9, 0.1]], "b": [ONE, [0.5, 0.5]], "c": [[0.5, 0.1, 0.4, 0.0], [1.0, 0.0]]}
+    hot = hot_experts(load_DL)  # type: ignore[arg-type]
+    assert hot == {"a": {(0, 0), (0, 1)}, "b": {(0, 3)}, "c": {(0, 0), (1, 0)}}
+    overlap = hot_overlap(hot)
+    np.testing.assert_allclose(overlap, [[1, 0, 1 / 3], [0, 1, 0], [1 / 3, 0, 1]])
+    assert np.isnan(hot_overlap({"a": set(), "b": set()})).all()
+
+
+def test_lift_is_one_where_pairs_come_as_their_loads_say() -> None:
+    # Each of the 6 pairs of 4 experts 20 times: 120 tokens, 60 an expert; n_e n_f / T would be 30, not 20.
+    even = np.full((4, 4), 20) + np.eye(4, dtype=int) * 40
+    off = ~np.eye(4, dtype=bool)
+    np.testing.assert_allclose(pair_lift(even)[off], 1.0)
+    assert np.isnan(np.diag(pair_lift(even))).all()
+    np.testing.assert_allclose(conditional(even)[off], 1 / 3)
+
+
+def test_lift_of_companions_and_strangers_by_hand() -> None:
+    # 0 and 1 always together 90 times, 2 and 3 90 times: 90 tokens an expert; 360 ordered pairs over 12 equal chances.
+    pairs = np.array([[90, 90, 0, 0], [90, 90, 0, 0], [0, 0, 90, 90], [0, 0, 90, 90]])
+    lift = pair_lift(pairs)
+    assert lift[0, 1] == lift[2, 3] == 3.0 and lift[0, 2] == 0.0
+    assert np.isnan(pair_lift(pairs // 10)).all()  # 3 tokens a pair expected: too few
+    assert conditional(pairs)[0].tolist() == [1.0, 1.0, 0.0, 0.0]
+    order = chain(lift[np.ix_([0, 2, 1, 3], [0, 2, 1, 3])])
+    assert sorted(order) == [0, 1, 2, 3] and {frozenset(order[:2]), frozenset(order[2:])} == {
+        frozenset((0, 2)), frozenset((1, 3)),
+    }  # fmt: skip
+
+
+def test_one_expert_a_token_has_no_lift() -> None:
+    assert np.isnan(pair_lift(np.diag([50, 60, 70]))).all()

@@ -7,10 +7,16 @@ from typing import Any
 
 import pytest
 
-from configs import debug, folder, quickstart
-from launch.cli import parse
+from configs import debug, folder, quickstart, routers
+from launch.cli import load_functions, parse
 from moe import config as configs
-from moe.balance import BalanceRule
+from moe.balance import (
+    BalanceRule,
+    ExpertBiasConfig,
+    ImportanceConfig,
+    QuantileConfig,
+    ShuffledLoadBalanceConfig,
+)
 from moe.data import (
     ByteConfig,
     DataConfig,
@@ -25,11 +31,25 @@ from moe.data import (
     TokenizerConfig,
 )
 from moe.dispatch import CapacityConfig, DenseConfig, DispatchConfig
+from moe.layers.attention import AttentionConfig
+from moe.layers.base import SublayerConfig
+from moe.layers.finedeep import FinedeepConfig
+from moe.layers.mixture_of_attention import MixtureOfAttentionConfig
+from moe.layers.mlp import MLPConfig
+from moe.layers.moe import MoEConfig
+from moe.layers.parallel import ParallelConfig
+from moe.layers.peer import PEERConfig
+from moe.layers.product_key_memory import ProductKeyMemoryConfig
+from moe.models import DecoderConfig
+from moe.models.ahead import AheadConfig
+from moe.models.layout import StackConfig
 from moe.optim import ScheduleConfig, WarmupStableDecayConfig
 from moe.routing.base import RouterConfig
 from moe.train.run import RunConfig
 
-BASES = (BalanceRule, DispatchConfig, RouterConfig, ScheduleConfig, SourceConfig, TokenizerConfig)
+BASES = (
+    BalanceRule, DispatchConfig, RouterConfig, ScheduleConfig, SourceConfig, SublayerConfig, TokenizerConfig
+)  # fmt: skip
 
 
 def alternatives() -> dict[str, RunConfig]:
@@ -46,7 +66,10 @@ def alternatives() -> dict[str, RunConfig]:
 
     stable = dataclasses.replace(base.optim, schedule=WarmupStableDecayConfig(), lr_scale=(("router", 0.5),))
     mixture = MixtureConfig(parts=(FolderConfig(path="a"), StdlibConfig()), weights=(1.0, 2.0))
-    return {
+    block = StackConfig(layers=(ParallelConfig(parts=(AttentionConfig(), MoEConfig())), MLPConfig()), repeats=2)
+    others = (MixtureOfAttentionConfig(), FinedeepConfig(), ProductKeyMemoryConfig(), PEERConfig())
+    every_router = load_functions(routers.__file__)
+    return {name: make() for name, make in every_router.items()} | {  # type: ignore[misc]
         "quickstart": quickstart.get_config(),
         "debug": base,
         "folder": folder.get_config(),
@@ -56,6 +79,12 @@ def alternatives() -> dict[str, RunConfig]:
         "files": with_data(FilesConfig(paths=("a.jsonl", "b.parquet")), HuggingFaceConfig(path="tokenizer.json")),
         "tfds": with_data(TfdsConfig(name="lm1b:1.1.0"), SentencePieceConfig(path="a.model")),
         "mixture": with_data(mixture, ByteConfig()),
+        "stacks": dataclasses.replace(
+            base, model=DecoderConfig(vocab_size=264, stacks=(block, StackConfig(layers=others)), ahead=AheadConfig())
+        ),
+        "rules": dataclasses.replace(
+            base, balance=(ExpertBiasConfig(), ImportanceConfig(), QuantileConfig(), ShuffledLoadBalanceConfig())
+        ),
         "no experts": dataclasses.replace(base, model=dataclasses.replace(base.model, moe=None)),
     }
 
@@ -65,9 +94,9 @@ each_alternative = pytest.mark.parametrize("name", ALTERNATIVES)
 
 
 def concrete(base: type) -> set[type]:
-    """The config types below `base` that the package defines."""
-    found = {kind for sub in base.__subclasses__() for kind in {sub} | concrete(sub)}
-    return {kind for kind in found if kind.__module__.startswith("moe.")}
+    """The config types below `base` that the package defines and builds on no further."""
+    below = [sub for sub in base.__subclasses__() if sub.__module__.startswith("moe.")]
+    return {kind for sub in below for kind in concrete(sub) or {sub}}
 
 
 def help_of(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
@@ -101,8 +130,8 @@ def test_every_type_of_config_comes_back_from_a_file(name: str, tmp_path: Path) 
 def test_every_field_is_an_option_with_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = help_of(ALTERNATIVES[name], capsys)
     for path in configs.flatten(ALTERNATIVES[name]):
-        # `model.moe` is a leaf only where it is None, in a dense model: structure is chosen in Python.
-        if path.split(".")[-1] == configs.TYPE_KEY or path == "model.moe":
+        # These are leaves only where they are None or (): structure is chosen in Python.
+        if path.split(".")[-1] == configs.TYPE_KEY or path in ("balance", "model.moe", "model.ahead", "model.stacks"):
             continue
         option = "--" + path.replace("_", "-")
         assert option in options, f"{path} is no option"

@@ -69,6 +69,6 @@ def test_a_rule_on_a_model_that_returns_no_statistics_raises(monkeypatch: pytest
     from moe.train import loss
 
     original = loss.forward
-    monkeypatch.setattr(loss, "forward", lambda *a, **k: (original(*a, **k)[0], None))
+    monkeypatch.setattr(loss, "forward", lambda *a, **k: original(*a, **k)._replace(statistics=None))
     with pytest.raises(ValueError, match=r"'load_balance' is configured, but the model returned no statistics"):
         run((LoadBalanceConfig(),))

@@ -22,7 +22,7 @@ RULES = (LoadBalanceConfig(), LoadBalanceConfig(name="lagged", accumulation="lag
 
 
 def config(**changes: object) -> RunConfig:
-    return dataclasses.replace(RunConfig(batch_size=16, model=grid.model_config(RULES)), **changes)
+    return dataclasses.replace(RunConfig(batch_size=16, balance=RULES, model=grid.model_config()), **changes)
 
 
 def test_the_state_holds_every_rule_and_starts_at_zero() -> None:
@@ -30,6 +30,7 @@ def test_the_state_holds_every_rule_and_starts_at_zero() -> None:
     state = jax.eval_shape(lambda: init_state(run, make_optimizer(run, run.model.abstract()), jax.random.key(0)))
     assert set(state.balance) == {"load_balance", "lagged", "expert_bias"}
     assert state.balance["expert_bias"]["bias"].shape == state.balance["lagged"]["load"].shape == (2, 8)
+    assert state.idle_LE is not None and state.idle_LE.shape == (2, 8) and state.idle_LE.dtype == jnp.int32
     assert state.step.dtype == state.skipped.dtype == jnp.int32
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
 
@@ -49,9 +50,9 @@ def test_a_mesh_that_cannot_cut_a_parameter_is_refused_with_its_name() -> None:
 
 
 def test_a_dense_model_has_a_state_too() -> None:
-    run = config(model=grid.model_config(moe=None, mlp_hidden=16))
+    run = config(balance=(), model=grid.model_config(moe=None, mlp_hidden=16))
     state = jax.eval_shape(lambda: init_state(run, make_optimizer(run, run.model.abstract()), jax.random.key(0)))
-    assert state.balance == {}
+    assert state.balance == {} and state.idle_LE is None
 
 
 CUT = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
@@ -77,7 +78,7 @@ def test_every_leaf_of_the_state_has_a_sharding_and_moments_are_cut_like_their_p
     jax.tree.map(_lies, moments[0].nu, expected)
     cut = sum(leaf.addressable_shards[0].data.size < leaf.size for leaf in jax.tree.leaves(moments[0].mu))
     assert cut == sum("norm" not in jax.tree_util.keystr(path) for path, _ in _leaves(moments[0].mu))
-    for part in (state.balance, state.step, state.key, state.skipped, moments[0].count):
+    for part in (state.balance, state.idle_LE, state.step, state.key, state.skipped, moments[0].count):
         assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(part))
 
 
@@ -97,7 +98,7 @@ def test_a_mesh_that_cannot_cut_a_parameter_is_named_in_the_refusal() -> None:
         state_shardings(run, model, make_optimizer(run, model), mesh)
     said = str(caught.value)
     assert said.startswith(
-        "mesh = {'data': 1, 'fsdp': 1, 'expert': 3, 'tensor': 1}: cannot cut parameter stacks.0.0.moe."
+        "mesh = {'data': 1, 'fsdp': 1, 'expert': 3, 'tensor': 1}: cannot cut parameter stacks.0.1.moe."
     )
     assert "of shape (2, 8, " in said and "(None, 'expert', " in said and "\n" not in said
 

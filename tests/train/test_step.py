@@ -41,7 +41,7 @@ class Run:
     def __init__(self, mesh: dict[str, int], accumulation: int, rules: Any = RULES):
         self.config = RunConfig(
             batch_size=16, accumulation=accumulation, steps=200, mesh=MeshConfig(**({"data": 1} | mesh)), optim=OPTIM,
-            model=grid.model_config(rules),
+            balance=rules, model=grid.model_config(),
         )  # fmt: skip
         check(self.config)
         devices = jax.devices()[: int(np.prod(list(mesh.values()) or [1]))]
@@ -93,6 +93,9 @@ def test_two_steps_end_in_the_same_state(mesh: Any, accumulation: int) -> None:
     for found, reference in zip(metrics, expected_metrics, strict=True):
         assert found.keys() == reference.keys()
         for name, value in reference.items():
+            if name == "load/max_violation_micro" and accumulation > 1:
+                assert (found[name] > reference[name]).all()  # a part of a batch is less even than the whole
+                continue
             np.testing.assert_allclose(found[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
 
 
@@ -101,7 +104,7 @@ def test_compiled_steps_leave_the_state_where_the_table_says() -> None:
     state, _ = run.steps(run.create())
     for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(run.shardings), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
-    gate = state.params["stacks"][0][0]["moe"]["w_gate"]
+    gate = state.params["stacks"][0][1]["moe"]["w_gate"]
     assert {shard.data.shape for shard in gate.addressable_shards} == {(2, 4, 16, 8)}
     for leaf in jax.tree.leaves(state.balance):  # typed as replicated, and so they are
         assert len({np.asarray(shard.data).tobytes() for shard in leaf.addressable_shards}) == 1
@@ -126,7 +129,7 @@ def test_metrics_add_up_and_carry_every_rule() -> None:
     tokens = int((SMALL["segment_ids"][:, :-1] > 0).sum())
     assert first["load/tokens"] == tokens
     np.testing.assert_allclose(first["balance/lagged"], 1.0, rtol=1e-5)  # uniform at step 0
-    assert (second["balance/lagged"] > 1.01).all()
+    assert (second["balance/lagged"] > 1.005).all()
     assert not first["balance/buffer/load_error"].any() and (first["balance/lagged/load_error"] > 0).all()
     assert not first["load/dropped"].any() and first["learning_rate"] == np.float32(OPTIM.learning_rate)
     assert second["learning_rate"] < first["learning_rate"]
@@ -137,7 +140,7 @@ def test_the_bias_moves_once_a_step_however_often_the_batch_is_cut() -> None:
     run = Run({}, 4, (ExpertBiasConfig(rate=0.01),))
     state, _ = run.steps(run.create())
     bias = np.asarray(state.balance["expert_bias"]["bias"])
-    assert set(np.abs(bias).ravel().tolist()) <= {0.0, float(np.float32(0.01))} and np.abs(bias).any()
+    assert set(np.abs(bias).round(7).ravel().tolist()) <= {0.0, float(np.float32(0.01))} and np.abs(bias).any()
 
 
 def test_the_buffer_forgets_at_every_step() -> None:
@@ -158,7 +161,7 @@ def test_the_buffer_forgets_at_every_step() -> None:
 def test_a_non_finite_step_changes_nothing_but_the_counters(poison: float) -> None:
     run = prepared()
     good, _ = run.steps(run.create())
-    before = jax.device_get((good.params, good.opt_state, good.balance))
+    before = jax.device_get((good.params, good.opt_state, good.balance, good.idle_LE))
     healthy = np.asarray(good.params["final_norm"]["scale"])
     broken = dict(
         good.params, final_norm={"scale": jax.device_put(healthy * poison, good.params["final_norm"]["scale"].sharding)}
@@ -166,7 +169,8 @@ def test_a_non_finite_step_changes_nothing_but_the_counters(poison: float) -> No
     after, (metrics,) = run.steps(dataclasses.replace(good, params=broken))
     assert not np.isfinite(metrics["loss"])
     assert (metrics["skipped_total"], metrics["skipped_in_row"], int(after.step)) == (1, 1, 2)
-    found = jax.device_get((dict(after.params, final_norm={"scale": healthy}), after.opt_state, after.balance))
+    params = dict(after.params, final_norm={"scale": healthy})
+    found = jax.device_get((params, after.opt_state, after.balance, after.idle_LE))
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(before), strict=True))
 
     # Healed, the run goes on where it was, with the same numbers as one that never stumbled.
@@ -190,7 +194,7 @@ def test_steps_reduce_the_loss_and_move_every_expert() -> None:
     state, metrics = run.steps(state, 20)
     assert metrics[-1]["loss/lm"] < metrics[0]["loss/lm"] - 0.3
     for name in ("w_gate", "w_up", "w_down"):
-        moved = np.abs(np.asarray(state.params["stacks"][0][0]["moe"][name]) - before["stacks"][0][0]["moe"][name])
+        moved = np.abs(np.asarray(state.params["stacks"][0][1]["moe"][name]) - before["stacks"][0][1]["moe"][name])
         assert (moved.max(axis=(2, 3)) > 1e-4).all(), name
 
 
