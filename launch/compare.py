@@ -97,7 +97,7 @@ def _page(arguments: Arguments, variants: dict[str, object], failed: list[str]) 
         "",
         "Held-out bits/byte: mean over domains and seeds, ± half the range over seeds; max violation E max(f) - 1, mean"
         " over layers and the last 50 steps; dead: experts with less than 1 % of their share, summed over layers, same"
-        " steps; step: median of a run, the smallest over seeds.",
+        " steps; step: 10th percentile of a run, the smallest over seeds.",
     ]
     if failed:
         lines += ["", f"Did not finish: {', '.join(failed)}; see the logs in {arguments.workdir}."]

@@ -5,8 +5,8 @@
 With the residual around it, x + attention(N(x)) + experts(N(x)): the block of PaLM, GPT-J and BAM.
 Statistics, expert bias and key are those of the one part that routes. Collectives: those of the parts.
 Source: Zhang et al. 2024, BAM (arXiv 2408.08274, section 3) for attention beside experts; Chowdhery et al. 2022, PaLM
-(arXiv 2204.02311, section 2). Differs from the papers: at most one part may route, so BAM's attention experts beside
-its feed-forward experts are two sublayers in a row here.
+(arXiv 2204.02311, section 2). Differs from the papers: no difference known; BAM's attention experts are softly routed,
+so they can stand beside feed-forward experts although at most one part may pick experts.
 """
 
 import dataclasses

@@ -10,8 +10,8 @@ The probabilities handed to the balance rules are 1 / K on the chosen experts; `
 No parameters, so there is no task gradient. An expert bias is ignored. Symmetric under rotations of the experts only,
 which no parameter could follow: declared asymmetric. Collectives: none. Generation one token at a time starts every
 token at n = 0.
-Source: the forced-balance switches of Megatron-LM and other training systems. Differs: they draw random logits, which
-are even on average only.
+Source: the forced-balance switches of Megatron-LM and other training systems. Differs from them: they draw random
+logits, which are even on average only.
 """
 
 import dataclasses
