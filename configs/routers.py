@@ -1,10 +1,11 @@
 """Every router once, on one small run: the quickstart's model and text, 300 steps of 16 sequences of 128 bytes.
 
     python -m launch.train configs/routers.py:top_k
-    python -m launch.compare --configs configs/routers.py --workdir runs/routers --seeds 0 1 --page docs/results/routers.md
+    python -m launch.compare --configs configs/routers.py --workdir runs/routers --page docs/results/routers.md
 
-All have 3 layers, a shared expert of width 128 and experts of width 128, 2 of 8 for a token; a router that takes one has
-4 of width 256. Balance rules are those of the router's own paper where it has any. Results: docs/results/routers.md.
+All have 3 layers, a shared expert of width 128 and experts of width 128, 2 of 8 for a token; a router that takes one
+has 4 of width 256. Balance rules are those of the router's own paper where it has any. Results, with `--seeds 0 1`:
+docs/results/routers.md.
 """
 
 import dataclasses
@@ -36,7 +37,9 @@ STEPS = 300
 GLOBAL = (LoadBalanceConfig(coefficient=0.01), ZLossConfig(coefficient=1e-4))
 
 
-def _run(router: RouterConfig, balance: tuple[BalanceRule, ...] = GLOBAL, *, model: Any = None, **moe: Any) -> RunConfig:
+def _run(
+    router: RouterConfig, balance: tuple[BalanceRule, ...] = GLOBAL, *, model: Any = None, **moe: Any
+) -> RunConfig:
     """The quickstart with this router; `moe` and `model` change fields of the layer and of the model."""
     base = quickstart.get_config()
     assert base.model.moe is not None

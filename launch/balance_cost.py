@@ -56,12 +56,19 @@ class Arguments:
     seed: int = 0
     """Seed of the tokens, the parameters and the order within a pair."""
     num_experts: int = 64
+    """E."""
     num_selected: int = 4
+    """K, experts per token."""
     expert_hidden: int = 32
+    """F, hidden width of an expert."""
     width: int = 128
+    """D."""
     num_layers: int = 2
+    """L, all of them with experts."""
     seq_len: int = 128
+    """S, tokens of a sequence."""
     batch_size: int = 8
+    """Sequences in the global batch."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from at_least(self, pairs=2, warmup=1, seed=0, batch_size=2, seq_len=2)

@@ -4,8 +4,9 @@
     python -m launch.compare --configs configs/routers.py --only topk switch --steps 100
 
 A variant is a public function of the file. Each runs in a process of its own in WORKDIR/NAME-seedN; the same command
-again skips what is finished and resumes what was interrupted. A variant that fails is named in the table and does not
-stop the others. All variants of one seed run before the next seed.
+again skips what is finished and resumes what was interrupted, and refuses a folder that holds a run of another config.
+A variant that fails is named in the table and does not stop the others. All variants of one seed run before the next
+seed.
 """
 
 import dataclasses
@@ -14,13 +15,16 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from launch.cli import load_functions, one_line_errors, parse
 from moe.analysis.comparison import Row, is_finished, read_row, table
 from moe.config import ConfigError
+from moe.train.workdir import check_workdir
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,18 +52,25 @@ def main(words: list[str] | None = None) -> int:
         if unknown := [name for name in arguments.only if name not in variants]:
             raise ConfigError(f"only = {unknown[0]!r}: {arguments.configs} has {', '.join(variants)}")
         names = arguments.only or tuple(variants)
-        folder = Path(arguments.workdir)
-        failed = []
-        for seed in arguments.seeds:
-            for name in names:
-                if not is_finished(folder / f"{name}-seed{seed}") and not _train(arguments, name, seed):
-                    failed.append(f"{name}-seed{seed}")
+        pairs = [(name, seed) for seed in arguments.seeds for name in names]
+        todo = [(name, seed) for name, seed in pairs if not _is_done(arguments, variants[name], name, seed)]
+        failed = [f"{name}-seed{seed}" for name, seed in todo if not _train(arguments, name, seed)]
         text = _page(arguments, {name: variants[name] for name in names}, failed)
         print(text)
         if arguments.page is not None:
             Path(arguments.page).parent.mkdir(parents=True, exist_ok=True)
             Path(arguments.page).write_text(text)
     return 1 if failed else 0
+
+
+def _is_done(arguments: Arguments, variant: Callable[[], Any], name: str, seed: int) -> bool:
+    """Whether the run is finished; ConfigError if it had another config, which the table must not show as this one."""
+    workdir = Path(arguments.workdir) / f"{name}-seed{seed}"
+    if not is_finished(workdir):
+        return False
+    config = dataclasses.replace(variant(), seed=seed)
+    check_workdir(workdir, config if arguments.steps is None else dataclasses.replace(config, steps=arguments.steps))
+    return True
 
 
 def _train(arguments: Arguments, name: str, seed: int) -> bool:

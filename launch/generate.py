@@ -61,7 +61,7 @@ def _print_samples(arguments: Arguments) -> None:
         print(f"note: {positions} positions, of which the model was trained on the first {trained}", file=sys.stderr)
     prompt = np.tile(begin, (arguments.num_samples, 1))
     key = jax.random.key(arguments.seed)
-    tokens = generate(run.model, run.params, run.bias_LE, prompt, key=key, eos=tokenizer.eos, **options)
+    tokens = generate(run.model, run.params, run.bias_LE, prompt, key=key, eos=tokenizer.eos, step=run.step, **options)
     for number, row in enumerate(np.asarray(tokens), start=1):
         if arguments.num_samples > 1:
             print(f"--- sample {number} of {arguments.num_samples} ---")

@@ -36,18 +36,18 @@ class Agreement:
 class ChoiceStudy:
     """A `Watch` that counts pairs of experts, and compares every choice with that of other parameters.
 
-    `num_experts_L`: E of every layer. `other`: (parameters, bias) of another checkpoint of the same run, or None.
+    `num_experts_L`: E of every layer. `other`: (parameters, bias, step) of another checkpoint of the same run, or None.
     `skipped` says why nothing could be counted, where that is so.
     """
 
-    def __init__(self, evaluator: Evaluator, num_experts_L: NDArray[Any], other: tuple[Any, jax.Array] | None):
+    def __init__(self, evaluator: Evaluator, num_experts_L: NDArray[Any], other: tuple[Any, jax.Array, int] | None):
         self._evaluator, self._other = evaluator, other
         self._E_L = jnp.asarray(num_experts_L, jnp.int32)
         L, E = len(num_experts_L), int(max(num_experts_L, default=1))
         self.pairs_LEE = np.zeros((L, E, E), np.int64)
         self._alike_L4 = np.zeros((L, 4))
         self._count_LE, self._then_LE = np.zeros((L, E)), np.zeros((L, E))
-        self._tokens = 0
+        self._tokens_L = np.zeros(L, np.int64)
         self.skipped: str | None = None if L else "the model has no MoE layer"
 
     def __call__(self, measured: Measured, arrays: Arrays) -> None:
@@ -63,10 +63,11 @@ class ChoiceStudy:
     def _count(self, now: Measured, arrays: Arrays) -> None:
         E, S = self.pairs_LEE.shape[-1], arrays["tokens"].shape[1] - 1
         self.pairs_LEE += np.asarray(count_pairs(now.expert_LBR, now.token_LBR, self._E_L, E, S)).astype(np.int64)
-        self._tokens += int(now.tokens)
+        self._tokens_L += np.asarray(now.tokens_L)
         if self._other is None:
             return
-        then = self._evaluator.measure(*self._other, arrays)
+        params, bias_LE, step = self._other
+        then = self._evaluator.measure(params, bias_LE, arrays, np.int32(step), now.first_sequence)
         choices = (now.expert_LBR, now.token_LBR, then.expert_LBR, then.token_LBR)
         self._alike_L4 += np.asarray(compare(choices, self._E_L, E, S))
         self._count_LE += np.asarray(now.count_LE)
@@ -77,7 +78,7 @@ class ChoiceStudy:
         if self._other is None or self.skipped is not None:
             return None
         both_L, now_L, jaccard_L, some_L = self._alike_L4.T
-        chance_L = (self._count_LE * self._then_LE).sum(axis=1) / np.maximum(self._tokens * now_L, 1)
+        chance_L = (self._count_LE * self._then_LE).sum(axis=1) / np.maximum(self._tokens_L * now_L, 1)
         return Agreement(
             kept_L=both_L / np.maximum(now_L, 1), jaccard_L=jaccard_L / np.maximum(some_L, 1), chance_L=chance_L
         )

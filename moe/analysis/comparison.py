@@ -20,7 +20,7 @@ class Row(NamedTuple):
     bits_per_byte: float
     max_violation: float
     dead: float
-    """Experts without tokens, summed over layers."""
+    """Experts with less than 1 % of their share, summed over layers."""
     dropped: float
     step_s: float
     active: int

@@ -52,9 +52,9 @@ def evaluate_run(
         watch = None
         if study:
             then = load(workdir, against) if against is not None else None
-            other = (then.params, then.bias_LE) if then is not None else None
+            other = (then.params, then.bias_LE, then.step) if then is not None else None
             watch = ChoiceStudy(evaluator, config.model.exists_LE.sum(axis=1), other)
-        results = evaluator.of(run.params, run.bias_LE, limit, watch)
+        results = evaluator.of(run.params, run.bias_LE, limit, watch, step=np.int32(run.step))
     found = describe(workdir, config, run.step, corpus, results, limit)
     (workdir / PAIRS_NAME).unlink(missing_ok=True)
     if watch is not None:

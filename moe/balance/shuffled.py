@@ -27,7 +27,7 @@ from moe.balance.scope import group_problems, in_order
 from moe.balance.statistics import Statistics, load
 from moe.config import at_least
 
-PURPOSE = 0x5A  # folded into the run's key: no router draws from the same
+PURPOSE = 2**31 - 1  # folded into the run's key as steps are for the routers: no step is as large
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

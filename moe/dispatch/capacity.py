@@ -49,7 +49,8 @@ class CapacityConfig(DispatchConfig):
         def capacity(x_BSD: jax.Array, routing: Routing, weights: ExpertWeights) -> tuple[jax.Array, jax.Array]:
             R = routing.expert_BR.shape[1]
             # The group's buffer is sized by all E experts, also where this device holds only some of them.
-            size = min(R, math.ceil(self.capacity_factor * R / routing.num_experts))
+            exact = self.capacity_factor * R / routing.num_experts
+            size = min(R, max(1, math.ceil(exact - 1e-9)))  # 1.1 * 10 is 11.000000000000002
             return _capacity(x_BSD, routing, weights, size, self.keep)
 
         return capacity

@@ -2,8 +2,8 @@
 
 Left to itself XLA's partitioner gathers the scores of the whole batch on every device for `jax.lax.top_k` (seen in the
 compiled program, jax 0.10.2 and 0.12.0); a `shard_map` over the batch keeps every sequence where it is. And XLA on CPU
-finds its fast selection only if nothing but one slice reads the sorted scores: else it sorts them whole, which made a step
-of 1,024 tokens and 64 experts 12 % slower. The barrier keeps what callers do with the result out of its sight.
+finds its fast selection only if nothing but one slice reads the sorted scores: else it sorts them whole, which made a
+step of 1,024 tokens and 64 experts 12 % slower. The barrier keeps what callers do with the result out of its sight.
 """
 
 import jax
@@ -18,8 +18,9 @@ def highest(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """
 
     def local(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-        values, index = jax.lax.optimization_barrier(tuple(jax.lax.top_k(scores, count)))
-        return values, index
+        values, index = jax.lax.top_k(scores, count)
+        # One barrier each: XLA's decomposition of top-k aborts on one around the pair (jax 0.10.2, several devices).
+        return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(index)
 
     if not mesh_in_use():
         return local(scores)

@@ -58,7 +58,7 @@ class SublayerConfig:
 
     @property
     def router_only_scales(self) -> bool:
-        """Whether the router's weight is but a factor on a token's whole output, which a norm would divide out."""
+        """Whether all that teaches the router is a factor on a token's whole output, which a norm would divide out."""
         return False
 
     def divisible(self) -> Iterator[tuple[str, int, str]]:

@@ -92,9 +92,8 @@ class MixtureOfAttention(Sublayer):
         for path, part in nnx.iter_graph(self.experts):
             if isinstance(part, nnx.Param) and config.shared_kv and path[0] in KEY_VALUE:
                 part.set_value(part.get_value()[0])
-            elif isinstance(part, nnx.Param):
-                one = part.get_metadata()[param.AXES_KEY]
-                part.set_metadata(param.AXES_KEY, (None if one == ("norm",) else "experts", *one))
+            elif isinstance(part, nnx.Param) and (one := part.get_metadata()[param.AXES_KEY]) != ("norm",):
+                part.set_metadata(param.AXES_KEY, ("experts", *one))  # gains stay vectors: they do not decay
 
     def __call__(self, x_BSD: jax.Array, context: Context, bias_E: jax.Array) -> tuple[jax.Array, Statistics | None]:
         def run(weights: Any) -> jax.Array:

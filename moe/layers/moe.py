@@ -88,7 +88,8 @@ class MoEConfig(SublayerConfig):
 
     @property
     def router_only_scales(self) -> bool:
-        return self.router.experts_per_token(self.num_experts) == 1 and not self.shared_hidden
+        alone = self.router.experts_per_token(self.num_experts) == 1 and not self.shared_hidden
+        return alone and self.router.task_gradient
 
     def divisible(self) -> Iterator[tuple[str, int, str]]:
         yield "num_experts", self.num_experts, "expert"
@@ -96,7 +97,7 @@ class MoEConfig(SublayerConfig):
         yield "shared_hidden", self.shared_hidden, "tensor"
 
     def multiply_adds(self, width: int, seq_len: int) -> float:
-        routed = round(self.router.experts_per_token(self.num_experts) * self.expert_hidden)
+        routed = self.router.expert_runs_per_token(self.num_experts, seq_len) * self.expert_hidden
         return 3 * width * (routed + self.shared_hidden)
 
 

@@ -18,7 +18,7 @@ import jax
 
 from moe.balance.statistics import Statistics
 from moe.layers.base import Sublayer, SublayerConfig
-from moe.routing.base import Context
+from moe.routing.base import Context, RouterConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,11 @@ class ParallelConfig(SublayerConfig):
     @property
     def routed_experts(self) -> int:
         return max(part.routed_experts for part in self.parts)
+
+    @property
+    def router(self) -> RouterConfig | None:
+        """Of the part that picks experts, if there is one: it may be a router that decides for all layers."""
+        return next((getattr(part, "router", None) for part in self.parts if part.routed_experts), None)
 
     @property
     def active_share(self) -> float:

@@ -68,10 +68,12 @@ def generate(
     top_p: float,
     key: jax.Array,
     eos: int | None,
+    step: int,
 ) -> jax.Array:
     """int32 [B, num_tokens] that continue `prompt` int32 [B, P]; all rows are equally long, there is no padding.
 
-    `model` may be abstract; `params` is the tree of `moe.param.pure`, `bias_LE` float32 the experts' selection bias.
+    `model` may be abstract; `params` is the tree of `moe.param.pure`, `bias_LE` float32 the experts' selection bias;
+    `step` is the optimizer step that both come from, as a router's temperature may follow it.
     Once a row has produced `eos` the rest of it is `eos`, and work ends when every row has; None: never.
     Keys and values are cached in the compute dtype. Raises ConfigError for a value of `check_sampling`, for an empty
     prompt, for a token id outside the vocabulary, and for a model with a router that looks at later tokens.
@@ -84,7 +86,7 @@ def generate(
     # A temperature that is no normal float32 would divide 0 by 0; its distribution is the greedy one.
     greedy = temperature < np.finfo(np.float32).tiny
     return _generate(
-        graph, state, bias_LE, prompt_BP, key, jnp.float32(temperature), jnp.float32(top_p),
+        graph, state, bias_LE, prompt_BP, key, jnp.float32(temperature), jnp.float32(top_p), jnp.int32(step),
         num_tokens=num_tokens, greedy=greedy, eos=eos,
     )  # fmt: skip
 
@@ -116,7 +118,7 @@ def _checked_prompt(prompt: Any, vocab_size: int) -> jax.Array:
 @partial(jax.jit, static_argnames=("graph", "num_tokens", "greedy", "eos"))
 def _generate(
     graph: Any, state: Any, bias_LE: jax.Array, prompt_BP: jax.Array, key: jax.Array, temperature: jax.Array,
-    top_p: jax.Array, *, num_tokens: int, greedy: bool, eos: int | None,
+    top_p: jax.Array, step: jax.Array, *, num_tokens: int, greedy: bool, eos: int | None,
 ) -> jax.Array:  # fmt: skip
     model = nnx.merge(graph, state)
     B, P = prompt_BP.shape
@@ -132,7 +134,7 @@ def _generate(
             position_BS=jnp.broadcast_to(position_S, token_BS.shape),
             task_BS=jnp.zeros_like(token_BS),
             sequence_B=row_B,
-            step=jnp.int32(0),
+            step=step,
             key=routing_key,
         )
         return model.decode(context, bias_LE, caches)

@@ -160,10 +160,19 @@ class RouterConfig:
         """Assignments per token on average, for counting parameters and FLOPs."""
         raise NotImplementedError(f"{type(self).__name__} must define experts_per_token")
 
+    def expert_runs_per_token(self, num_experts: int, seq_len: int) -> float:
+        """Runs of an expert per token: its assignments, unless experts run on something else than tokens."""
+        return self.experts_per_token(num_experts)
+
     @property
     def gives_priority(self) -> bool:
         """Whether its `Routing` says who stays when an expert's buffer overflows."""
         return False
+
+    @property
+    def gives_scores(self) -> bool:
+        """Whether its `Routing` holds the selection scores, which quantile balancing reads."""
+        return self.uses_bias
 
     def layer_problems(self, num_experts: int) -> Iterator[tuple[str, str]]:
         """Problems that show only once the number of experts is known."""

@@ -44,7 +44,7 @@ class PreGateConfig(RouterConfig):
     num_heads: int = 4
     """Heads of the router's attention; hidden must be divisible by it."""
     init_std: float = 0.02
-    """Standard deviation of the router's initial weights."""
+    """Standard deviation of the initial weights that write: W_out, W_down, W_router; the others' is fan-in^-1/2."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from at_least(self, num_selected=1, hidden=1, num_heads=1, init_std=0)
@@ -125,7 +125,8 @@ class PreGate(Router):
         hidden_BSG = hidden_BSG + up @ self.w_down[...]
         logits_BSE = _norm(hidden_BSG) @ self.w_router[...]
         probs_BSE = jax.nn.softmax(logits_BSE, axis=-1)
-        expert_BSK, margin_BS = top_k(probs_BSE + bias_E, self.config.num_selected)
+        select_BSE = probs_BSE + bias_E
+        expert_BSK, margin_BS = top_k(select_BSE, self.config.num_selected)
         weight_BSK = jnp.take_along_axis(probs_BSE, expert_BSK, axis=-1)
         if self.config.normalise == "sum":
             weight_BSK = weight_BSK / weight_BSK.sum(axis=-1, keepdims=True)
@@ -136,6 +137,7 @@ class PreGate(Router):
             probs_BSE=probs_BSE,
             log_z_BS=jax.nn.logsumexp(logits_BSE, axis=-1),
             margin_BS=margin_BS,
+            select_BSE=select_BSE,
         )
 
 

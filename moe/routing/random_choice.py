@@ -1,7 +1,7 @@
 """Random router: every token takes K distinct experts drawn uniformly, with weight 1 / K.
 
 The draw depends on seed, step, layer, sequence and position, so it survives every cut of the batch. It is made in
-evaluation too, where step and seed are fixed: an expert there gets what it was trained on, a random share of all
+evaluation too, where the key is fixed: an expert there gets what it was trained on, a random share of all
 tokens, and the same evaluation gives the same number. A token that is generated draws at its place in the row it is
 computed in, so generation one token at a time draws other experts than reading the same text at once.
 

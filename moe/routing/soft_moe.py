@@ -49,8 +49,12 @@ class SoftMoEConfig(RouterConfig):
         yield from at_least(self, slots_per_expert=1, init_std=0)
 
     def experts_per_token(self, num_experts: int) -> float:
-        """Experts a token gets something from; the work is slots_per_expert * E experts a *sequence*."""
+        """Experts a token gets something from."""
         return num_experts
+
+    def expert_runs_per_token(self, num_experts: int, seq_len: int) -> float:
+        """P / S: the work is that of P slots a sequence."""
+        return num_experts * self.slots_per_expert / seq_len
 
     def build(self, key: jax.Array, width: int, num_experts: int) -> "SoftMoE":
         return SoftMoE(self, key, width, num_experts)

@@ -86,6 +86,10 @@ class TopKConfig(LinearRouterConfig):
         elif self.num_groups > 1 and self.group_score == "top2" and size < 2:
             yield "group_score", f"'top2' needs groups of 2 experts, but num_experts = {num_experts} gives 1: use 'max'"
 
+    @property
+    def gives_scores(self) -> bool:
+        return self.num_groups == 1  # among groups the best scores are not those taken
+
     def permutation(self, key: jax.Array, num_experts: int) -> jax.Array:
         """Groups among themselves, and experts inside their group."""
         groups, members = jax.random.split(key)

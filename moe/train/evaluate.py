@@ -2,6 +2,9 @@
 
     bits per byte = sum of nats over all predicted tokens / (ln 2 * bytes of the documents)
 
+A router is asked as at the step that the parameters come from (its temperature may follow a schedule); noise that it
+draws in evaluation too depends on a sequence's place in its domain, not on the size of a batch.
+
 A document's end mark is predicted too and its nats count, so the number is a code length: comparable across
 tokenizers and with a compressor's output on the same bytes.
 """
@@ -51,13 +54,15 @@ class Measured(NamedTuple):
 
     nats: jax.Array
     targets: jax.Array
-    tokens: jax.Array
-    """int32 real tokens that were routed."""
+    tokens_L: jax.Array
+    """int32 [L] real tokens that were routed; a block that predicts further ahead sees fewer."""
     count_LE: jax.Array
     chosen_prob_L: jax.Array
     expert_LBR: jax.Array | None
     """Every assignment, if the evaluator keeps them and the layers have equally many; see `Statistics.expert_BR`."""
     token_LBR: jax.Array | None
+    first_sequence: jax.Array | int = 0
+    """Index, in its domain, of the batch's first sequence."""
 
 
 Watch = Callable[[Measured, Arrays], None]
@@ -70,19 +75,21 @@ class Evaluator:
         self._config, self._corpus = config, corpus
         self._sharding = axes.sharding(mesh, ("batch", "position"))
 
-        def measure(params: Any, bias_LE: jax.Array, arrays: Arrays) -> Measured:
+        def measure(
+            params: Any, bias_LE: jax.Array, arrays: Arrays, step: jax.Array, first_sequence: jax.Array
+        ) -> Measured:
             logits, stats, _ = forward(
-                model, params, arrays, bias_LE, step=jnp.int32(0), key=jax.random.key(0), train=False,
-                keep_choices=keep_choices,
+                model, params, arrays, bias_LE, step=step, key=jax.random.key(0), first_sequence=first_sequence,
+                train=False, keep_choices=keep_choices,
             )  # fmt: skip
             real_BS = real_targets(arrays["segment_ids"])
             nats = jnp.where(real_BS, token_losses(logits, arrays["tokens"][:, 1:]), 0.0).sum()
             if stats is None:
                 none = jnp.zeros((0, 1), jnp.int32)
-                return Measured(nats, real_BS.sum(), jnp.int32(0), none, jnp.zeros((0,)), None, None)
+                return Measured(nats, real_BS.sum(), none[:, 0], none, jnp.zeros((0,)), None, None, first_sequence)
             return Measured(
-                nats, real_BS.sum(), stats.tokens_B[0].sum(), stats.count_BE.sum(axis=1),
-                stats.chosen_prob_B.sum(axis=1), stats.expert_BR, stats.token_BR,
+                nats, real_BS.sum(), stats.tokens_B.sum(axis=1), stats.count_BE.sum(axis=1),
+                stats.chosen_prob_B.sum(axis=1), stats.expert_BR, stats.token_BR, first_sequence,
             )  # fmt: skip
 
         self.measure = jax.jit(measure, out_shardings=axes.sharding(mesh, ()))
@@ -90,21 +97,25 @@ class Evaluator:
 
     def __call__(self, state: TrainState, max_bytes: int) -> dict[str, DomainResult]:
         """Results for every domain of the corpus, each on at most `max_bytes` held-out bytes."""
-        return self.of(state.params, self._bias(state.balance), max_bytes)
+        return self.of(state.params, self._bias(state.balance), max_bytes, step=state.step)
 
     def of(
-        self, params: Any, bias_LE: jax.Array, max_bytes: int, watch: Watch | None = None
+        self, params: Any, bias_LE: jax.Array, max_bytes: int, watch: Watch | None = None, *, step: jax.Array | np.int32
     ) -> dict[str, DomainResult]:
-        """The same for parameters and expert bias that come from elsewhere; `watch` sees every batch go by."""
-        return {name: self._domain(params, bias_LE, name, max_bytes, watch) for name in self._corpus.domains}
+        """The same for parameters and bias that come from elsewhere, of `step`; `watch` sees every batch go by."""
+        state = (params, bias_LE, step)
+        return {name: self._domain(state, name, max_bytes, watch) for name in self._corpus.domains}
 
-    def _domain(self, params: Any, bias_LE: jax.Array, name: str, max_bytes: int, watch: Watch | None) -> DomainResult:
+    def _domain(
+        self, state: tuple[Any, jax.Array, Any], name: str, max_bytes: int, watch: Watch | None
+    ) -> DomainResult:
+        params, bias_LE, step = state
         held_out = self._corpus.validation(name, max_bytes)
         batch = self._config.microbatch_size
         found = []
-        for arrays in held_out.batches(batch, self._config.data.seq_len):
+        for index, arrays in enumerate(held_out.batches(batch, self._config.data.seq_len)):
             placed = place(arrays, self._sharding)
-            measured = self.measure(params, bias_LE, placed)
+            measured = self.measure(params, bias_LE, placed, step, np.int32(index * batch))
             found.append(measured[:5])
             if watch is not None:
                 watch(measured, placed)
@@ -115,8 +126,8 @@ class Evaluator:
             num_tokens=int(targets),
             nats=float(nats),
             load_LE=np.asarray(load(jnp.asarray(counts.astype(np.int32)))),
-            frequency_LE=(counts / max(tokens, 1)).astype(np.float32),
-            chosen_prob_L=(chosen_prob / max(tokens, 1)).astype(np.float32),
+            frequency_LE=(counts / np.maximum(tokens, 1)[:, None]).astype(np.float32),
+            chosen_prob_L=(chosen_prob / np.maximum(tokens, 1)).astype(np.float32),
         )
 
 

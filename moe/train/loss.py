@@ -41,7 +41,8 @@ def forward(
 ) -> Predictions:  # fmt: skip
     """What the model says of a micro-batch [B, S+1]; `first_sequence` is its first global sequence index.
 
-    `keep_choices`: the statistics hold every assignment too; `shortfall`: a histogram of missing scores.
+    `keep_choices`: the statistics hold every assignment too; `shortfall`: a histogram of missing scores. The key of
+    random choices follows `step` in training alone, so that checkpoints are evaluated with the same draws.
     """
     B = arrays["tokens"].shape[0]
     context = Context(
@@ -51,7 +52,7 @@ def forward(
         task_BS=arrays["domains"][:, :-1],
         sequence_B=first_sequence + jnp.arange(B, dtype=jnp.int32),
         step=step,
-        key=jax.random.fold_in(key, step),
+        key=jax.random.fold_in(key, step) if train else key,
         train=train,
         keep_choices=keep_choices,
         shortfall=shortfall,

@@ -107,9 +107,15 @@ class RunConfig:
         """A rule that moves the expert bias, and a router that does not read it; two rules that ask for two things."""
         routers = [part for _, part in walk(self.model) if isinstance(part, RouterConfig)]
         deaf = [type(router).__name__ for router in routers if not router.uses_bias]
+        scoreless = [type(router).__name__ for router in routers if not router.gives_scores]
         for index, rule in enumerate(self.balance):
             if rule.moves_bias and deaf:
                 yield f"balance.{index}.name", f"moves the expert bias, which {deaf[0]} does not read"
+            elif "shortfall" in rule.asks() and scoreless:
+                yield (
+                    f"balance.{index}.name",
+                    f"reads selection scores, which {scoreless[0]} does not give as it is set",
+                )
         try:
             asked(self.balance)
         except ValueError as error:

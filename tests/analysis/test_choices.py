@@ -59,7 +59,7 @@ def test_agreement_is_that_of_a_loop_over_tokens() -> None:
 class Replay(NamedTuple):
     """Stands in for an evaluator: `measure` gives what it was handed as parameters."""
 
-    def measure(self, params: Any, bias: Any, arrays: Any) -> Measured:
+    def measure(self, params: Any, bias: Any, arrays: Any, step: Any, first_sequence: Any) -> Measured:
         return params
 
 
@@ -71,7 +71,7 @@ def measured(expert: Any, token: Any = ((0, 0, 1, 1, 2, 2, 3, 3),)) -> Measured:
     count = jnp.bincount(jnp.asarray(expert[0]), length=E)[None]
     zero = jnp.zeros(())
     return Measured(
-        zero, zero, jnp.int32(4), count, zero[None], jnp.asarray(expert, jnp.int32)[None], jnp.asarray(token)[None]
+        zero, zero, jnp.array([4]), count, zero[None], jnp.asarray(expert, jnp.int32)[None], jnp.asarray(token)[None]
     )
 
 
@@ -80,14 +80,14 @@ THEN = measured([[1, 0, 0, 2, 0, 1, 0, 2]])  # the same in another order; one of
 
 
 def test_a_checkpoint_agrees_with_itself_entirely() -> None:
-    study = ChoiceStudy(Replay(), np.array([E]), (NOW, jnp.zeros(())))  # type: ignore[arg-type]
+    study = ChoiceStudy(Replay(), np.array([E]), (NOW, jnp.zeros(()), 0))  # type: ignore[arg-type]
     study(NOW, ARRAYS)
     found = study.agreement()
     assert found is not None and found.kept_L.tolist() == found.jaccard_L.tolist() == [1.0]
 
 
 def test_a_partial_agreement_is_that_made_by_hand() -> None:
-    study = ChoiceStudy(Replay(), np.array([E]), (THEN, jnp.zeros(())))  # type: ignore[arg-type]
+    study = ChoiceStudy(Replay(), np.array([E]), (THEN, jnp.zeros(()), 0))  # type: ignore[arg-type]
     for _ in range(2):  # two batches add up
         study(NOW, ARRAYS)
     found = study.agreement()
@@ -109,7 +109,7 @@ def test_a_partial_agreement_is_that_made_by_hand() -> None:
     ],
 )
 def test_what_cannot_be_studied_is_said(widths: list[int], change: dict[str, Any], reason: str) -> None:
-    study = ChoiceStudy(Replay(), np.array(widths, int), (THEN, jnp.zeros(())))  # type: ignore[arg-type]
+    study = ChoiceStudy(Replay(), np.array(widths, int), (THEN, jnp.zeros(()), 0))  # type: ignore[arg-type]
     study(NOW._replace(**change), ARRAYS)
     assert study.skipped is not None and reason in study.skipped and study.agreement() is None
 

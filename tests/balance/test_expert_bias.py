@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.balance import ExpertBiasConfig, LoadBalanceConfig, Statistics, selection_bias
+from moe.balance import ExpertBiasConfig, LoadBalanceConfig, Statistics, load, selection_bias
 from moe.balance.statistics import statistics
 from moe.config import ConfigError, check
 from moe.routing.topk import TopKConfig
 from tests import oracle
+from tests.balance import examples
 from tests.balance.made import made
 from tests.balance.test_load_balance import example, routed, sums
 from tests.routing.contexts import context_for
@@ -57,6 +58,22 @@ def test_a_balanced_load_moves_nothing_for_any_number_of_experts() -> None:
         for each in (2, 14, 334):
             moved = ExpertBiasConfig().update({"bias": jnp.zeros((1, E))}, counts(*(each,) * E))["bias"]
             assert not np.asarray(moved).any(), (E, each)
+
+
+@pytest.mark.parametrize(("rule", "rate"), [("sign", 0.003), ("proportional", 0.02)])
+def test_updates_spread_the_load_of_a_skewed_router(rule: Any, rate: float) -> None:
+    skew = np.array([2.0, 1.0, 0, 0, -1.0, -2.0])
+    logits = jnp.asarray(np.random.default_rng(3).normal(0, 1, (8, 32, 6)) + skew, jnp.float32)
+    mask, config = np.ones((8, 32), bool), ExpertBiasConfig(rule=rule, rate=rate)
+
+    def update(state: Any, _: None) -> Any:
+        stats = examples.sums(logits, mask, 2, state["bias"][0])
+        share_E = load(stats.count_BE[0].sum(axis=0))
+        return config.update(state, examples.cut(stats, 2)), (share_E.std() / share_E.mean(), 6 * share_E.max() - 1)
+
+    state, (cv, violation) = jax.jit(lambda: jax.lax.scan(update, {"bias": jnp.zeros((1, 6))}, None, length=200))()
+    assert violation[0] > 1.5 and violation[-10:].mean() < 0.2 and cv[-10:].mean() < cv[0] / 8
+    assert (np.diff(np.asarray(state["bias"][0])[[0, 2, 5]]) > 0).all()  # up for those who were left out
 
 
 def test_recentring_leaves_a_mean_of_zero() -> None:

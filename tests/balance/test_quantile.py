@@ -11,6 +11,10 @@ from moe.balance import QuantileConfig, load
 from moe.balance.shortfall import count_below, edges
 from moe.balance.statistics import statistics
 from moe.config import ConfigError, check
+from moe.layers.moe import MoEConfig
+from moe.models import DecoderConfig
+from moe.routing.topk import TopKConfig
+from moe.train.run import RunConfig
 from tests.balance.examples import cut, exists, logits_and_mask, route, sums
 
 FINE = (1.0, 4001)
@@ -24,6 +28,13 @@ def shortfalls(logits: np.ndarray, mask: np.ndarray, K: int, bias: np.ndarray) -
         score = z / z.sum() + bias
         found.append(np.sort(score)[::-1][K] - score)
     return np.array(found)
+
+
+def test_a_router_without_selection_scores_is_refused_before_anything_runs() -> None:
+    grouped = TopKConfig(num_groups=4, num_groups_selected=2)
+    run = RunConfig(model=DecoderConfig(moe=MoEConfig(router=grouped)), balance=(QuantileConfig(),))
+    with pytest.raises(ConfigError, match=r"^balance\.0\.name = 'quantile': reads selection scores, which TopKConfig"):
+        check(run)
 
 
 @pytest.mark.parametrize("K", [1, 2])

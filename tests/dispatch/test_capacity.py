@@ -96,6 +96,8 @@ def test_the_buffer_is_rounded_up_and_never_larger_than_the_assignments() -> Non
     assert kept(CapacityConfig(capacity_factor=0.4), routing(EXPERTS, WEIGHTS))[1] == [2, 4, 2]
     assert kept(CapacityConfig(capacity_factor=0.3), routing(EXPERTS, WEIGHTS))[1] == [4, 5, 4]
     assert kept(CapacityConfig(capacity_factor=1e6), routing(EXPERTS, WEIGHTS))[1] == [0, 0, 0]
+    # factor 1.1 of 10 is 11, and not 12 because floats say 11.000000000000002.
+    assert kept(CapacityConfig(capacity_factor=1.1), routing([[0] * 20], [[0.5] * 20]))[1] == [9]
 
 
 def test_sequences_do_not_compete() -> None:
@@ -115,6 +117,47 @@ def test_dropped_assignments_carry_no_gradient() -> None:
 
     moved = np.abs(np.asarray(jax.grad(value)(jax.random.normal(jax.random.key(1), (3, 6, D))))).max(axis=-1) > 0
     assert [np.flatnonzero(row).tolist() for row in moved] == [[0, 1, 3, 5], [0, 1], [0, 1, 2, 3]]
+
+
+def two_choices(experts_BSK: np.ndarray, keep: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(bool [B, S, K] which assignments are kept, [B] dropped) of 4 experts with C = ceil(0.5 * R / 4)."""
+    B, S, K = experts_BSK.shape
+    rng = np.random.default_rng(1)
+    shape = (B, S * K)
+    r = Routing(
+        token_BR=jnp.broadcast_to(jnp.repeat(jnp.arange(S, dtype=jnp.int32), K), shape),
+        expert_BR=jnp.asarray(experts_BSK.reshape(shape), jnp.int32), weight_BR=jnp.asarray(rng.uniform(0.1, 1, shape)),
+        probs_BSE=jnp.full((B, S, 4), 0.25), log_z_BS=jnp.zeros((B, S)), margin_BS=jnp.ones((B, S)), num_selected=K,
+        priority_BR=jnp.asarray(rng.uniform(0, 1, shape), jnp.float32),
+    )  # fmt: skip
+    keys = jax.random.split(jax.random.key(0), 4)
+    w = ExpertWeights(*(jax.random.normal(key, (4, D, D)) for key in keys[:3]))
+    run = CapacityConfig(capacity_factor=0.5, keep=keep).build()
+
+    def value(weight_BR: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y, dropped_B = run(jax.random.normal(keys[3], (B, S, D)), dataclasses.replace(r, weight_BR=weight_BR), w)
+        return y.sum(), dropped_B
+
+    gradient, dropped_B = jax.grad(value, has_aux=True)(r.weight_BR)
+    return np.asarray(gradient != 0).reshape(B, S, K), np.asarray(dropped_B)
+
+
+@pytest.mark.parametrize("keep", ["order", "score", "priority"])
+def test_by_order_alone_no_later_token_pushes_out_an_earlier_one_and_nothing_is_lost(keep: Any) -> None:
+    """Two choices a token: with first choices before all second ones, a later token could push out an earlier one."""
+    rng = np.random.default_rng(0)
+    draw = lambda: np.stack([[rng.permutation(4)[:2] for _ in range(9)] for _ in range(8)])  # noqa: E731
+    experts = draw()
+    experts[:, 8] = 4  # padding
+    other = experts.copy()
+    other[:, 5:8] = draw()[:, 5:8]
+    (before, dropped), (after, other_dropped) = two_choices(experts, keep), two_choices(other, keep)
+    for kept_BSK, dropped_B in ((before, dropped), (after, other_dropped)):
+        np.testing.assert_array_equal(kept_BSK.sum(axis=(1, 2)) + dropped_B, 2 * 8)
+    loads = np.stack([np.bincount(row.ravel(), minlength=5)[:4] for row in experts])
+    np.testing.assert_array_equal(before.sum(axis=(1, 2)), np.minimum(loads, 3).sum(axis=1))  # C = ceil(0.5 * 18 / 4)
+    assert dropped.all(), "the case shows nothing"
+    np.testing.assert_equal((before != after)[:, :5].any(), keep != "order")
 
 
 def test_slots_are_filled_by_expert_then_rank() -> None:

@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launch.compare import main
+from moe import config
 from moe.analysis.comparison import Row, read_row, table
 
 FILE = """import dataclasses
@@ -43,6 +45,20 @@ def test_every_variant_is_trained_once_and_a_failing_one_is_named(
     assert (tmp_path / "runs" / "plain-seed0.log").read_text() == log, "a finished run started again"
     assert main([*words, "--only", "wrong"]) == 1
     assert "batch_size = 7" in (tmp_path / "runs" / "wrong-seed0.log").read_text()
+
+
+def test_a_finished_run_of_another_config_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pair.py").write_text(FILE)
+    scope: dict[str, Any] = {}
+    exec(FILE, scope)
+    workdir = tmp_path / "runs" / "plain-seed0"
+    workdir.mkdir(parents=True)
+    config.save(scope["plain"](), workdir / "config.json")
+    (workdir / "summary.json").write_text(json.dumps({"mean_bits_per_byte": 2.5}))
+    words = ["--configs", str(tmp_path / "pair.py"), "--workdir", str(tmp_path / "runs"), "--only", "plain"]
+    with pytest.raises(SystemExit):
+        main([*words, "--steps", "1"])
+    assert "holds a run with another config" in (said := capsys.readouterr().err) and "steps: 2 -> 1" in said
 
 
 def test_an_unknown_variant_is_named_with_those_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,6 +52,10 @@ BASES = (
 )  # fmt: skip
 
 
+STRUCTURE = ("balance", "model.moe", "model.ahead", "model.stacks", "model.moe.router.tasks")
+"""Leaves that are no options: None, () or tuples of tuples. Structure is chosen in Python."""
+
+
 def alternatives() -> dict[str, RunConfig]:
     """RunConfigs that together hold every type of config there is."""
     base = debug.get_config()
@@ -130,8 +134,7 @@ def test_every_type_of_config_comes_back_from_a_file(name: str, tmp_path: Path) 
 def test_every_field_is_an_option_with_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = help_of(ALTERNATIVES[name], capsys)
     for path in configs.flatten(ALTERNATIVES[name]):
-        # These are leaves only where they are None or (): structure is chosen in Python.
-        if path.split(".")[-1] == configs.TYPE_KEY or path in ("balance", "model.moe", "model.ahead", "model.stacks"):
+        if path.split(".")[-1] == configs.TYPE_KEY or path in STRUCTURE:
             continue
         option = "--" + path.replace("_", "-")
         assert option in options, f"{path} is no option"

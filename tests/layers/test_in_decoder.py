@@ -76,7 +76,7 @@ def test_text_is_the_same_as_without_caches() -> None:
     params = jax.jit(lambda key: param.pure(config.build(key)))(jax.random.key(1))
     bias_LE = jnp.zeros((config.num_moe_layers, 4))
     model, prompt = config.abstract(), np.array([[5, 70, 9], [200, 3, 11]], np.int32)
-    options: Any = {"num_tokens": 5, "temperature": 0.0, "top_p": 1.0, "eos": None, "key": jax.random.key(0)}
+    options: Any = {"num_tokens": 5, "temperature": 0.0, "top_p": 1.0, "eos": None, "step": 0, "key": jax.random.key(0)}
     found = np.asarray(generate(model, params, bias_LE, prompt, **options))
     whole = np.concatenate([prompt, found], axis=1)
     logits = jax.jit(lambda params, context: param.bind(model, params)(context, bias_LE)[0])(params, of(whole))

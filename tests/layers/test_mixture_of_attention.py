@@ -123,6 +123,11 @@ def test_no_token_sees_another_document_or_a_later_token() -> None:
         np.testing.assert_array_equal(moved, (segment == segment[t]) & (np.arange(S) >= t))
 
 
+def test_gains_of_head_norms_are_vectors_so_that_they_do_not_decay() -> None:
+    axes = param.logical_axes(build(dataclasses.replace(CONFIG, attention=dataclasses.replace(ONE, head_norm="qkv"))))
+    assert all(axes["experts"][name]["scale"] == ("norm",) for name in ("query_norm", "key_norm", "value_norm"))
+
+
 def test_parameter_counts_are_those_of_the_paper() -> None:
     # Table of arXiv 2408.08274, the small model: D 1024, 6 layers, 8 heads of 128, 256k words (input and output), 4
     # experts, a gated MLP of hidden 2048 (the table's 4096 counts gate and up), 7 norms, a router for each branch.

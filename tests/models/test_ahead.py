@@ -113,7 +113,7 @@ def test_generation_leaves_them_out() -> None:
     prompt = np.random.default_rng(1).integers(0, grid.VOCAB, (2, 5)).astype(np.int32)
     params = param.pure(model)
     options: dict[str, Any] = {"num_tokens": 4, "temperature": 0.0, "top_p": 1.0, "key": jax.random.key(0), "eos": None}
-    found = np.asarray(generate(CONFIG.abstract(), params, bias(), prompt, **options))
+    found = np.asarray(generate(CONFIG.abstract(), params, bias(), prompt, step=0, **options))
     tokens = np.concatenate([prompt, np.zeros((2, 4), np.int32)], axis=1)
     for end in range(5, 9):
         zeros, ones = jnp.zeros_like(jnp.asarray(tokens)), jnp.ones_like(jnp.asarray(tokens))

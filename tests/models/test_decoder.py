@@ -264,7 +264,7 @@ def test_a_router_that_looks_ahead_is_refused_unless_allowed() -> None:
 
 def test_no_text_is_written_with_a_router_that_looks_ahead() -> None:
     model = small(moe=LOOKS_AHEAD, allow_non_causal=True).abstract()
-    options = {"num_tokens": 2, "temperature": 0.0, "top_p": 1.0, "key": jax.random.key(0), "eos": None}
+    options = {"num_tokens": 2, "temperature": 0.0, "top_p": 1.0, "key": jax.random.key(0), "eos": None, "step": 0}
     with pytest.raises(ConfigError, match=r"^model\.moe\.router: looks at later tokens, which do not exist yet"):
         generate(model, None, jnp.zeros((2, 8)), np.zeros((1, 3), np.int32), **options)
 

@@ -13,6 +13,7 @@ from moe.balance import ExpertBiasConfig, LoadBalanceConfig
 from moe.config import ConfigError, check
 from moe.layers.attention import AttentionConfig
 from moe.layers.moe import MoEConfig
+from moe.layers.parallel import ParallelConfig
 from moe.models.ahead import AheadConfig
 from moe.models.layout import StackConfig
 from moe.models.sample import generate
@@ -39,6 +40,30 @@ def test_every_layer_routes_as_the_one_router_says() -> None:
     assert "router" not in param.pure(model)["stacks"][0][1]["moe"]
 
 
+def test_a_layer_beside_attention_follows_it_too() -> None:
+    assert CONFIG.moe is not None
+    beside = ParallelConfig(parts=(CONFIG.attention, CONFIG.moe))
+    defaults = {field.name: field.default for field in dataclasses.fields(CONFIG)}
+    plain: dict[str, Any] = {name: defaults[name] for name in ("num_layers", "attention", "moe")}
+    stacks = (StackConfig(layers=(beside,), repeats=2),)
+    model = dataclasses.replace(CONFIG, stacks=stacks, **plain).build(jax.random.key(0))
+    context = context_of(grid.batch())
+    _, stats = model(context, BIAS)
+    routing = model.router(model.embed(context.token_BS), context, BIAS[0])
+    counts = (routing.expert_BR[..., None] == jnp.arange(grid.EXPERTS)).sum(axis=1)
+    assert stats is not None
+    np.testing.assert_array_equal(stats.count_BE, jnp.stack([counts, counts]))
+
+
+def test_its_selection_scores_are_kept_for_quantile_balancing() -> None:
+    model = CONFIG.build(jax.random.key(0))
+    context, bias = context_of(grid.batch()), jnp.linspace(-0.2, 0.2, grid.EXPERTS)
+    routing = model.router(model.embed(context.token_BS), context, bias)
+    assert routing.select_BSE is not None
+    added = (routing.select_BSE - routing.probs_BSE)[context.mask_BS]
+    np.testing.assert_allclose(added, jnp.broadcast_to(bias, added.shape), atol=1e-6)
+
+
 def test_the_task_of_all_layers_teaches_it() -> None:
     model = CONFIG.build(jax.random.key(0))
     arrays = {name: jnp.asarray(value) for name, value in grid.batch().items()}
@@ -62,7 +87,7 @@ def test_generating_with_caches_routes_as_reading_the_whole() -> None:
     model = CONFIG.build(jax.random.key(0))
     prompt = np.random.default_rng(1).integers(0, grid.VOCAB, (2, 5)).astype(np.int32)
     options: dict[str, Any] = {"num_tokens": 5, "temperature": 0.0, "top_p": 1.0, "key": jax.random.key(0), "eos": None}
-    found = np.asarray(generate(CONFIG.abstract(), param.pure(model), BIAS, prompt, **options))
+    found = np.asarray(generate(CONFIG.abstract(), param.pure(model), BIAS, prompt, step=0, **options))
     tokens = np.concatenate([prompt, np.zeros((2, 5), np.int32)], axis=1)
     ones = np.ones_like(tokens)
     for end in range(5, 10):

@@ -20,6 +20,7 @@ from moe.layers.parallel import ParallelConfig
 from moe.models import DecoderConfig
 from moe.models.layout import StackConfig
 from moe.models.residual import Form, Norm, Residual
+from moe.routing.hashed import HashConfig
 from moe.routing.topk import TopKConfig
 from tests import grid, oracle
 from tests.routing.contexts import context_for
@@ -215,6 +216,10 @@ def test_a_norm_behind_experts_silences_a_lone_router_and_is_refused(moe: MoECon
     ):
         check(config, "model")
     check(dataclasses.replace(config, norm="pre"), "model")
+
+
+def test_a_sandwich_around_one_expert_is_for_a_router_that_learns_nothing_from_the_task() -> None:
+    check(model("sandwich", moe=MoEConfig(num_experts=4, expert_hidden=8, router=HashConfig())), "model")
 
 
 def test_hybrid_without_normed_heads_is_refused() -> None:

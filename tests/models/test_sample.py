@@ -18,7 +18,9 @@ from moe.layers.parallel import ParallelConfig
 from moe.models import DecoderConfig
 from moe.models.layout import StackConfig
 from moe.models.sample import _generate, filter_logits, generate, init_cache
+from moe.routing.activation_gate import ActivationGateConfig
 from moe.routing.base import Context
+from moe.routing.temperature import TemperatureConfig
 from moe.routing.topk import TopKConfig
 
 VOCAB, PROMPT, TOKENS = 61, 5, 9
@@ -69,7 +71,7 @@ def context_of(token_BS, start=0):
 def text(model, params, bias_LE, prompt, **options):
     """`generate`, greedy unless told otherwise."""
     options = {"num_tokens": TOKENS, "temperature": 0.0, "top_p": 1.0, "eos": None, "key": jax.random.key(0)} | options
-    return np.asarray(generate(model, params, bias_LE, prompt, **options))
+    return np.asarray(generate(model, params, bias_LE, prompt, **({"step": 0} | options)))
 
 
 def recomputed(model, params, bias_LE, prompt):
@@ -245,3 +247,13 @@ def test_bad_values_are_refused_in_one_line(options, message):
     with pytest.raises(ConfigError, match=message) as error:
         text(model, params, bias_LE, options.pop("prompt", prompt), **options)
     assert "\n" not in str(error.value)
+
+
+def test_a_temperature_is_that_of_the_step_the_parameters_come_from():
+    def at(step, start):
+        router = ActivationGateConfig(init_std=2.0, temperature=TemperatureConfig(start=start, end=0.1, decay_steps=10))
+        config = dataclasses.replace(CONFIG, moe=dataclasses.replace(CONFIG.moe, router=router))
+        return text(*make(config), step=step, num_tokens=8)
+
+    np.testing.assert_array_equal(at(10, 20.0), at(10, 0.1))
+    assert (at(0, 20.0) != at(10, 20.0)).any()

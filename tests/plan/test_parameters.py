@@ -7,8 +7,10 @@ import pytest
 
 from moe import param
 from moe.layers.attention import AttentionConfig
+from moe.layers.mlp import MLPConfig
 from moe.layers.moe import MoEConfig
 from moe.models import DecoderConfig
+from moe.models.layout import StackConfig
 from moe.plan import count
 from moe.routing.topk import TopKConfig
 
@@ -71,3 +73,24 @@ def test_dense_model_is_all_active():
     found = count(dataclasses.replace(TINY, moe=None))
     assert found.experts == 0
     assert found.active == found.total
+
+
+def test_a_residual_pyramid_by_its_formula():
+    """PR-MoE-32/64 beside 350M (arXiv 2201.05596): every other of 24 layers has top-1 experts beside a dense branch, 10
+    of these 32 experts and the last 2 of them 64. Three matrices of hidden width 2731 stand for its two of 4096."""
+    D, F, A = 1024, 2731, AttentionConfig(num_heads=16, num_kv_heads=16, head_width=64)
+
+    def stack(E, repeats):
+        moe = MoEConfig(num_experts=E, expert_hidden=F, shared_hidden=F, router=TopKConfig(num_selected=1))
+        return StackConfig(layers=(A, MLPConfig(hidden=F), A, moe), repeats=repeats)
+
+    config = DecoderConfig(vocab_size=50257, width=D, stacks=(stack(32, 10), stack(64, 2)))
+    found = count(config)
+    assert config.num_experts_L == (32,) * 10 + (64,) * 2
+    assert found.experts == (10 * 32 + 2 * 64) * 3 * D * F
+    assert found.mlp == (12 + 12) * 3 * D * F  # dense layers and dense branches
+    assert found.other == (10 * 32 + 2 * 64) * D + (2 * 24 + 1) * D  # routers and norms
+    assert found.active == found.total - (10 * 31 + 2 * 63) * 3 * D * F
+    assert round(found.total / 1e9) == 4  # the paper's table
+    leaves = jax.tree.leaves(jax.eval_shape(lambda: param.pure(config.build(jax.random.key(0)))))
+    assert found.total == sum(leaf.size for leaf in leaves)

@@ -241,6 +241,8 @@ def a_bias_moves_the_selection_and_not_the_weights(config: RouterConfig, E: int)
     if not config.uses_bias:
         _equal(pushed, plain, "moved by the bias, but declares that it ignores it")
         return
+    shifted = route(config, E, tokens(), context, np.full(E, 0.5))
+    _equal(shifted, plain, "moved by a bias that is the same for all experts")
     full = B * S
     after = np.bincount(pushed.expert_BR.ravel(), minlength=E)
     assert counts[unliked] == full or after[unliked] > counts[unliked], "a bias does not move the selection"

@@ -12,11 +12,14 @@ import importlib.util
 import pkgutil
 from collections.abc import Iterator
 
+import jax
+import numpy as np
 import pytest
 
 import moe.routing
 from moe.routing.base import RouterConfig
-from tests.routing import contract
+from tests.routing import contract, measuring
+from tests.routing.contexts import context_for
 
 NOT_ROUTERS = ("base",)
 
@@ -63,6 +66,17 @@ def test_every_router_has_a_test_file(cls: type[RouterConfig]) -> None:
     assert importlib.util.find_spec(file_of_tests(cls)), (
         f"{cls.__module__}.{cls.__name__} needs its own tests in {path}"
     )
+
+
+@pytest.mark.parametrize("cls", ROUTERS, ids=lambda cls: cls.__name__)
+def test_only_a_router_that_does_not_read_the_vectors_is_without_symmetry(cls: type[RouterConfig]) -> None:
+    """Or the check of equivariance would be empty for it."""
+    configs, E = examples(cls)
+    for config in configs:
+        if measuring.built(config, E).symmetry(jax.random.key(7), E) is None:
+            context = context_for(measuring.B, measuring.S)
+            one, other = (measuring.route(config, E, measuring.tokens(seed), context) for seed in (1, 2))
+            jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def test_the_routers_of_the_package_are_found() -> None:

@@ -140,6 +140,11 @@ def test_it_declares_that_later_tokens_are_read() -> None:
     assert np.abs(a.gather_BPS - b.gather_BPS)[..., :-1].max() > 0.01
 
 
+def test_the_work_is_counted_by_slots_and_not_by_tokens() -> None:
+    layer = MoEConfig(num_experts=4, expert_hidden=8, router=SoftMoEConfig(slots_per_expert=2))
+    assert layer.multiply_adds(16, 32) == 3 * 16 * 8 * (4 * 2) / 32 and layer.active_share == 1.0
+
+
 def test_no_slots_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"slots_per_expert = 0: must be at least 1"):
         check(SoftMoEConfig(slots_per_expert=0))

@@ -13,7 +13,7 @@ import pytest
 
 from moe import param
 from moe.config import ConfigError, check
-from moe.dispatch import CapacityConfig
+from moe.dispatch import CapacityConfig, DenseConfig, ExpertWeights
 from moe.routing.base import RouterConfig, Routing
 from moe.routing.switch import SwitchConfig
 from tests.routing import contract
@@ -44,6 +44,20 @@ def test_the_weight_is_the_probability_over_all_experts() -> None:
 def test_the_task_reaches_the_logits_though_one_expert_is_taken() -> None:
     gradient = jax.grad(lambda logits: route(logits).weight_BR.sum())(jnp.log(jnp.array([1.0, 5.0, 2.0, 2.0])))
     np.testing.assert_allclose(gradient, [-0.05, 0.25, -0.1, -0.1], rtol=1e-5)  # p_1 (delta - p)
+
+
+def test_identical_experts_are_not_the_dense_layer_but_the_largest_probability_times_it() -> None:
+    """What a layer made of copies of a dense one loses in scale under top-1."""
+    router = SwitchConfig(jitter=0.0, init_std=0.2).build(jax.random.key(0), contract.D, 4)
+    x = jax.random.normal(jax.random.key(1), (2, 6, contract.D))
+    routing = router(x, context_for(2, 6), jnp.zeros(4))
+    gate, up, down = (w[0] for w in contract.expert_weights(4))
+    same = ExpertWeights(*(jnp.broadcast_to(w[:1], w.shape) for w in contract.expert_weights(4)))
+    y, _ = DenseConfig().build()(x, routing, same)
+    dense = (jax.nn.silu(x @ gate) * (x @ up)) @ down
+    largest = routing.probs_BSE.max(axis=-1, keepdims=True)
+    np.testing.assert_allclose(y, largest * dense, rtol=1e-4, atol=1e-5)
+    assert jnp.linalg.norm(y - dense) > 0.2 * jnp.linalg.norm(dense)
 
 
 def test_initial_weights_are_cut_at_two_of_their_standard_deviations() -> None:

@@ -68,6 +68,26 @@ def test_experts_of_equal_query_have_equal_logits() -> None:
     assert not np.allclose(z[..., 4], z[..., 2])
 
 
+def test_renaming_the_columns_of_all_three_matrices_renames_the_logits() -> None:
+    found, weights = router()
+    order = np.array([3, 0, 6, 1, 5, 2, 4])
+    renamed, _ = router(**{name: w[:, order] for name, w in weights.items()})
+    np.testing.assert_allclose(renamed.logits(X), np.asarray(found.logits(X))[..., order], rtol=1e-5, atol=1e-6)
+    query_alone, _ = router(w_query=weights["w_query"][:, order], w_key=np.roll(weights["w_key"], 1, axis=1))
+    assert not np.allclose(query_alone.logits(X), np.asarray(found.logits(X))[..., order], atol=1e-2)
+
+
+def test_the_default_start_spreads_the_logits_where_a_smaller_one_nearly_ties_them() -> None:
+    """At the paper's width: an eighth of the spread of the values, and a hundredth from 0.006 on down."""
+    x = jax.random.normal(jax.random.key(2), (1, 32, 2048))
+
+    def spread(config: YuanConfig) -> float:
+        built = config.build(jax.random.key(0), 2048, 32)
+        return float(built.logits(x).std(axis=-1).mean() / (x @ built.w_value[...]).std(axis=-1).mean())
+
+    assert spread(YuanConfig()) > 0.08 and spread(YuanConfig(init_std=0.006)) < 0.02
+
+
 def test_weights_are_the_softmax_of_the_chosen_logits_and_probabilities_of_all() -> None:
     found, _ = router()
     routing, z = found(X, context_for(B, S), jnp.zeros(E)), np.asarray(found.logits(X), np.float64)

@@ -13,6 +13,9 @@ from moe import axes, param
 from moe.axes import MeshConfig
 from moe.models import DecoderConfig
 from moe.models.layout import StackConfig
+from moe.routing.activation_gate import ActivationGateConfig
+from moe.routing.random_choice import RandomConfig
+from moe.routing.temperature import TemperatureConfig
 from moe.routing.topk import TopKConfig
 from moe.train.evaluate import Evaluator, Measured
 from moe.train.loss import Arrays
@@ -23,13 +26,13 @@ B = 8
 
 
 class HeldOut:
-    """Two batches of the grid's text, with its padding."""
+    """16 sequences of the grid's text, with its padding."""
 
     num_bytes = 1000
 
     def batches(self, batch: int, seq_len: int) -> Iterator[dict[str, np.ndarray]]:
         whole = grid.batch()
-        for first in (0, 8):
+        for first in range(0, 16, batch):
             yield {name: value[first : first + batch] for name, value in whole.items()}
 
 
@@ -40,15 +43,18 @@ class Corpus:
         return HeldOut()
 
 
-def evaluate(model: DecoderConfig, watch: Any = None, keep: bool = False, change: Any = lambda p: p) -> Any:
-    run = RunConfig(batch_size=B, model=model, balance=())
+def evaluate(
+    model: DecoderConfig, watch: Any = None, keep: bool = False, change: Any = lambda p: p,
+    *, step: int = 0, batch: int = B,
+) -> Any:  # fmt: skip
+    run = RunConfig(batch_size=batch, model=model, balance=())
     mesh = axes.make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         corpus: Any = Corpus()
         evaluator = Evaluator(run, model.abstract(), corpus, mesh, keep_choices=keep)
         params = change(param.pure(model.build(jax.random.key(0))))
         bias_LE = jnp.zeros(model.exists_LE.shape)
-        return evaluator.of(params, bias_LE, 1000, watch)["a"]
+        return evaluator.of(params, bias_LE, 1000, watch, step=np.int32(step))["a"]
 
 
 def equal_scores(params: Any) -> Any:
@@ -106,6 +112,24 @@ def test_layers_that_differ_keep_their_choices_if_they_are_equally_many(selected
     assert (seen[0].expert_LBR is None) == (selected[0] != selected[1])
     np.testing.assert_allclose(found.frequency_LE.sum(axis=1), selected, rtol=1e-5)
     assert not found.frequency_LE[1, 4:].any()
+
+
+def test_a_temperature_is_that_of_the_step_that_is_evaluated() -> None:
+    falling = TemperatureConfig(start=2.0, end=0.5, decay_steps=10)
+    models = [
+        grid.model_config(router=ActivationGateConfig(init_std=0.3, temperature=temperature))
+        for temperature in (falling, TemperatureConfig(start=0.5, end=0.5))
+    ]
+    scheduled, constant = (evaluate(model, step=10) for model in models)
+    np.testing.assert_allclose(scheduled.chosen_prob_L, constant.chosen_prob_L, rtol=1e-6)
+    assert (scheduled.chosen_prob_L > evaluate(models[0]).chosen_prob_L + 0.01).all()
+
+
+def test_draws_in_evaluation_depend_on_neither_the_batch_nor_the_step() -> None:
+    model = grid.model_config(router=RandomConfig(num_selected=2))
+    found, halved = evaluate(model, step=3), evaluate(model, step=7, batch=B // 2)
+    np.testing.assert_array_equal(found.load_LE, halved.load_LE)
+    np.testing.assert_allclose(found.nats, halved.nats, rtol=1e-5)
 
 
 def test_a_dense_model_has_no_routing_to_speak_of() -> None:
