@@ -22,9 +22,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moe.dispatch.base import DispatchConfig, Dispatcher, ExpertWeights, expert_mlp
-from moe.routing.base import Routing
+from moe.routing.base import SAVED_NAME, Routing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,8 @@ def _capacity(
     weight_BR = routing.weight_BR
     priority_BR = _priority(routing, keep)
     slots = jax.vmap(lambda expert_R, priority_R: _fill(expert_R, priority_R, E, size))
-    assignment_BEC, dropped_B = slots(routing.expert_BR, priority_BR)
+    # Recomputed weights may differ in the last bit: the backward pass must not keep other assignments.
+    assignment_BEC, dropped_B = checkpoint_name(slots(routing.expert_BR, priority_BR), SAVED_NAME)
 
     def gather(values: jax.Array) -> jax.Array:  # [B, R, ...] -> [B, E, C, ...], zeros in empty slots
         return jax.vmap(lambda v, a: jnp.take(v, a, axis=0, mode="fill", fill_value=0))(values, assignment_BEC)

@@ -31,7 +31,7 @@ from moe.balance.statistics import Statistics
 from moe.config import at_least
 from moe.layers.attention import Attention, AttentionConfig, Cache
 from moe.layers.base import Sublayer, SublayerConfig
-from moe.routing.base import EXPERT_AXIS, Context
+from moe.routing.base import EXACT, EXPERT_AXIS, Context
 
 KEY_VALUE = ("w_key", "w_value", "key_norm", "value_norm")
 """Parameters of `Attention` that make keys and values."""
@@ -123,6 +123,6 @@ class MixtureOfAttention(Sublayer):
         return weights, {name: None if self.config.shared_kv and name in KEY_VALUE else 0 for name in weights}
 
     def _mix(self, x_BSD: jax.Array, y_EBSD: jax.Array) -> jax.Array:
-        logits_BSE = jnp.einsum("bsd,de->bse", x_BSD.astype(jnp.float32), self.w_router[...])
+        logits_BSE = jnp.einsum("bsd,de->bse", x_BSD.astype(jnp.float32), self.w_router[...], precision=EXACT)
         mixed_BSD = jnp.einsum("bse,ebsd->bsd", jax.nn.softmax(logits_BSE), y_EBSD.astype(jnp.float32))
         return mixed_BSD.astype(x_BSD.dtype)

@@ -31,7 +31,7 @@ from moe.config import at_least
 from moe.kernels.highest import highest
 from moe.layers.base import SublayerConfig
 from moe.layers.norm import RMSNorm
-from moe.routing.base import SAVED_NAME
+from moe.routing.base import EXACT, SAVED_NAME
 
 TABLE_AXES = ("memory_slots", "memory_width")
 """Logical axes of a table with one row for every slot."""
@@ -103,9 +103,9 @@ class ProductKeys(nnx.Module):
         """(slot int32, score float32), both [B, S, H, K] by falling score; of equal scores no order is promised."""
         B, S, _ = x_BSD.shape
         n, H, K = self.config.num_keys, self.config.num_heads, self.config.num_selected
-        query = jnp.einsum("bsd,dhq->bshq", x_BSD.astype(jnp.float32), self.w_query[...])
+        query = jnp.einsum("bsd,dhq->bshq", x_BSD.astype(jnp.float32), self.w_query[...], precision=EXACT)
         query = query if self.query_norm is None else self.query_norm(query)
-        half = jnp.einsum("bshcq,chnq->cbshn", query.reshape(B, S, H, 2, -1), self.keys[...])
+        half = jnp.einsum("bshcq,chnq->cbshn", query.reshape(B, S, H, 2, -1), self.keys[...], precision=EXACT)
         first, first_score = _best(half[0], min(K, n))
         second, second_score = _best(half[1], min(K, n))
         sums = first_score[..., :, None] + second_score[..., None, :]

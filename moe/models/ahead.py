@@ -8,7 +8,8 @@
 A position counts where token t + k + 1 belongs to the same document. The block is the last pattern of the model's
 layout; its MoE layers come last in the statistics and in the expert bias. They see a few tokens less than the others
 (not the last k of a document), but their balance terms are divided by all real tokens, so at perfect balance they are
-1 - O(k / length of a document). Generation does not run the modules.
+1 - O(k / length of a document). Generation does not run the modules. They count as layers where initial weights are
+scaled by depth, so the trunk starts a little smaller with them.
 
 Gradient: into the trunk and the shared embedding and head. Collectives: none of its own.
 Source: DeepSeek-V3 (arXiv 2412.19437, eq. 21-25). Differs from the paper: the model's last pattern may hold several

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe import param
-from moe.routing.base import EXPERT_AXIS, SAVED_NAME, Context, LinearRouter, LinearRouterConfig, Routing
+from moe.routing.base import EXACT, EXPERT_AXIS, SAVED_NAME, Context, LinearRouter, LinearRouterConfig, Routing
 from moe.routing.choice import token_choice, top_k
 from moe.routing.temperature import TemperatureConfig
 
@@ -97,7 +97,7 @@ class ActivationGate(LinearRouter):
             self.raw_temperature = param.declare(raw, ())
 
     def __call__(self, x_BSD: jax.Array, context: Context, bias_E: jax.Array) -> Routing:
-        linear_BSE = jnp.einsum("bsd,de->bse", x_BSD.astype(jnp.float32), self.w_router[...])
+        linear_BSE = jnp.einsum("bsd,de->bse", x_BSD.astype(jnp.float32), self.w_router[...], precision=EXACT)
         z_BSE = ACTIVATIONS[self.config.activation](linear_BSE) + self.bias[...]
         logits_BSE = checkpoint_name(z_BSE / self.temperature(context), SAVED_NAME)
         return self.config.route(logits_BSE, context, bias_E)

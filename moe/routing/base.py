@@ -23,6 +23,9 @@ from moe.config import at_least
 SAVED_NAME = "router"
 """Checkpoint name of router outputs: every remat policy keeps them, so a recomputed layer cannot pick other experts."""
 
+EXACT = jax.lax.Precision.HIGHEST
+"""Precision of products that choose experts: by default accelerators round float32 operands to TF32 or bfloat16."""
+
 EXPERT_AXIS = "router_experts"
 """Logical axis of a parameter's dimension that counts experts."""
 
@@ -237,7 +240,8 @@ class LinearRouter(Router):
 
     def __call__(self, x_BSD: jax.Array, context: Context, bias_E: jax.Array) -> Routing:
         x_BSD = self.config.inputs(x_BSD.astype(jnp.float32), context)
-        logits_BSE = checkpoint_name(jnp.einsum("bsd,de->bse", x_BSD, self.w_router[...]), SAVED_NAME)
+        logits_BSE = jnp.einsum("bsd,de->bse", x_BSD, self.w_router[...], precision=EXACT)
+        logits_BSE = checkpoint_name(logits_BSE, SAVED_NAME)
         return self.config.route(logits_BSE, context, bias_E)
 
     def permutation(self, key: jax.Array, num_experts: int) -> jax.Array | None:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from moe import param
 from moe.config import at_least
-from moe.routing.base import EXPERT_AXIS, Context, Router, RouterConfig, Routing
+from moe.routing.base import EXACT, EXPERT_AXIS, Context, Router, RouterConfig, Routing
 from moe.routing.choice import token_choice, top_k
 
 
@@ -110,20 +110,20 @@ class PreGate(Router):
         return routing, Read(keys, values, cache.length + x_BSD.shape[1])
 
     def _read(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        hidden_BSG = x_BSD.astype(jnp.float32) @ self.w_in[...]
+        hidden_BSG = _times(x_BSD.astype(jnp.float32), self.w_in[...])
         B, S = hidden_BSG.shape[:2]
-        qkv = jnp.einsum("bsg,pgh->pbsh", _norm(hidden_BSG), self.w_qkv[...])
+        qkv = jnp.einsum("bsg,pgh->pbsh", _norm(hidden_BSG), self.w_qkv[...], precision=EXACT)
         query, key, value = qkv.reshape(3, B, S, self.config.num_heads, -1)
         return hidden_BSG, query, key, value
 
     def _mix(self, query: jax.Array, key: jax.Array, value: jax.Array, mask_BSX: jax.Array) -> jax.Array:
         mixed = jax.nn.dot_product_attention(query, key, value, mask=mask_BSX[:, None], implementation="xla")
-        return mixed.reshape(*mixed.shape[:2], -1) @ self.w_out[...]
+        return _times(mixed.reshape(*mixed.shape[:2], -1), self.w_out[...])
 
     def _route(self, hidden_BSG: jax.Array, context: Context, bias_E: jax.Array) -> Routing:
-        up = jnp.square(jax.nn.relu(_norm(hidden_BSG) @ self.w_up[...]))
-        hidden_BSG = hidden_BSG + up @ self.w_down[...]
-        logits_BSE = _norm(hidden_BSG) @ self.w_router[...]
+        up = jnp.square(jax.nn.relu(_times(_norm(hidden_BSG), self.w_up[...])))
+        hidden_BSG = hidden_BSG + _times(up, self.w_down[...])
+        logits_BSE = _times(_norm(hidden_BSG), self.w_router[...])
         probs_BSE = jax.nn.softmax(logits_BSE, axis=-1)
         select_BSE = probs_BSE + bias_E
         expert_BSK, margin_BS = top_k(select_BSE, self.config.num_selected)
@@ -139,6 +139,10 @@ class PreGate(Router):
             margin_BS=margin_BS,
             select_BSE=select_BSE,
         )
+
+
+def _times(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.matmul(x, w, precision=EXACT)
 
 
 def _norm(x: jax.Array) -> jax.Array:

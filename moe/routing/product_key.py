@@ -40,7 +40,7 @@ from moe import param
 from moe.config import at_least
 from moe.kernels.highest import highest
 from moe.routing import noise
-from moe.routing.base import SAVED_NAME, Context, Router, RouterConfig, Routing
+from moe.routing.base import EXACT, SAVED_NAME, Context, Router, RouterConfig, Routing
 from moe.routing.choice import token_choice
 
 
@@ -91,7 +91,8 @@ class ProductKey(Router):
     def __call__(self, x_BSD: jax.Array, context: Context, bias_E: jax.Array) -> Routing:
         config = self.config
         E = math.prod(config.grid)
-        flat = checkpoint_name(jnp.einsum("bsd,dm->bsm", x_BSD.astype(jnp.float32), self.w_router[...]), SAVED_NAME)
+        flat = jnp.einsum("bsd,dm->bsm", x_BSD.astype(jnp.float32), self.w_router[...], precision=EXACT)
+        flat = checkpoint_name(flat, SAVED_NAME)
         parts = jnp.split(flat, np.cumsum(config.grid)[:-1].tolist(), axis=-1)
         scores_BSE = product_scores(parts)
         alive_BSE = jnp.ones(scores_BSE.shape, bool)

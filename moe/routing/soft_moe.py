@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from moe import param
 from moe.config import at_least
-from moe.routing.base import EXPERT_AXIS, Context, Router, RouterConfig, Routing, Slots
+from moe.routing.base import EXACT, EXPERT_AXIS, Context, Router, RouterConfig, Routing, Slots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,8 +96,8 @@ class SoftMoE(Router):
         """float32 [B, S, P]."""
         phi_DP = self.w_slots[...].reshape(x_BSD.shape[-1], -1)
         if not self.config.normalise:
-            return jnp.einsum("bsd,dp->bsp", x_BSD, phi_DP)
-        return self.scale[...] * jnp.einsum("bsd,dp->bsp", _unit(x_BSD, -1), _unit(phi_DP, 0))
+            return jnp.einsum("bsd,dp->bsp", x_BSD, phi_DP, precision=EXACT)
+        return self.scale[...] * jnp.einsum("bsd,dp->bsp", _unit(x_BSD, -1), _unit(phi_DP, 0), precision=EXACT)
 
 
 def _unit(vectors: jax.Array, axis: int) -> jax.Array:

@@ -9,7 +9,7 @@ the layer (the residual stream carries it on) and counts in no load. A task that
 
 The router has no parameters, so there is no task gradient to speak of, and no logits: `log_z` is 0, `margin` +inf,
 `probs` the weights, and the expert bias is not used. Experts that no token of a step names get exactly zero gradient;
-an optimizer with momentum or weight decay still moves them (the experts of a layer are one array: no path freezes some).
+an optimizer with momentum or weight decay still moves them (a layer's experts are one array: no path freezes some).
 
 Tasks that grow: a new expert and a new row leave the outputs of the old tasks bit for bit as they were.
 Collectives: none. Source: SkillNet-NLU (Zhang et al. 2022, arXiv 2203.03312), from memory, not verified.

@@ -25,7 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe import param
 from moe.config import at_least
-from moe.routing.base import EXPERT_AXIS, SAVED_NAME, Context, Router, RouterConfig, Routing
+from moe.routing.base import EXACT, EXPERT_AXIS, SAVED_NAME, Context, Router, RouterConfig, Routing
 from moe.routing.choice import token_choice, top_k
 
 
@@ -68,7 +68,8 @@ class AttentionRouter(Router):
     def logits(self, x_BSD: jax.Array) -> jax.Array:
         """z, float32 [B, S, E]."""
         x_BSD = x_BSD.astype(jnp.float32)
-        q, k, v = (jnp.einsum("bsd,de->bse", x_BSD, w[...]) for w in (self.w_query, self.w_key, self.w_value))
+        weights = (self.w_query, self.w_key, self.w_value)
+        q, k, v = (jnp.einsum("bsd,de->bse", x_BSD, w[...], precision=EXACT) for w in weights)
         return checkpoint_name(_attend(q, k, v), SAVED_NAME)
 
     def __call__(self, x_BSD: jax.Array, context: Context, bias_E: jax.Array) -> Routing:
@@ -90,4 +91,4 @@ class AttentionRouter(Router):
 @jax.checkpoint
 def _attend(q_BSE: jax.Array, k_BSE: jax.Array, v_BSE: jax.Array) -> jax.Array:
     share_BSEj = jax.nn.softmax(q_BSE[..., :, None] * k_BSE[..., None, :], axis=-1)
-    return jnp.einsum("bsej,bsj->bse", share_BSEj, v_BSE)
+    return jnp.einsum("bsej,bsj->bse", share_BSEj, v_BSE, precision=EXACT)

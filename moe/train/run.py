@@ -111,6 +111,11 @@ class RunConfig:
         for index, rule in enumerate(self.balance):
             if rule.moves_bias and deaf:
                 yield f"balance.{index}.name", f"moves the expert bias, which {deaf[0]} does not read"
+            elif rule.weighs and routers and not any(router.task_gradient for router in routers):
+                yield (
+                    f"balance.{index}.coefficient",
+                    f"weighs a constant: {type(routers[0]).__name__} has nothing to learn; leave the rule out",
+                )
             elif "shortfall" in rule.asks() and scoreless:
                 yield (
                     f"balance.{index}.name",
