@@ -4,8 +4,8 @@
     bias_i += rate * sum_g (n_g / n) move_gi               n_g real tokens of group g;  then bias -= mean(bias) if asked
 
 One bias and one update a step, whatever the scope: the token-weighted mean of the groups' moves. The sign rule counts
-in integers, so the bias is bit-equal however the batch was cut (re-centred: up to the rounding of the mean). The bias
-never enters a combine weight; no gradient.
+in integers and steps by `rate` to 6 digits, so the bias is bit-equal however the batch was cut (re-centred: up to the
+rounding of the mean). The bias never enters a combine weight; no gradient.
 
 State: float32 [L, E], checkpointed, the effective value (evaluation and export read the same).
 Source: Wang et al. 2024 (arXiv 2408.15664), algorithm 1; DeepSeek-V3 (arXiv 2412.19437, section 2.1.2).

@@ -8,6 +8,32 @@ from moe.kernels.highest import highest
 from moe.routing.base import SAVED_NAME, Context, Routing
 
 
+@jax.custom_vjp
+def softmax(logits_BSE: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(log p [B, S, E], p [B, S, E], logsumexp [B, S]) of float32 logits, with one pass for the gradients of all three.
+
+    d logits = h - p (sum(h) - d log_z),  h = d log_p + p d p.  Left to autodiff, the weights, the load-balance loss and
+    the z-loss together pass over [B, S, E] several times: 1 to 3 % of a small step with 64 experts.
+    """
+    log_z_BS = jax.nn.logsumexp(logits_BSE, axis=-1)
+    log_p_BSE = logits_BSE - log_z_BS[..., None]
+    return log_p_BSE, jnp.exp(log_p_BSE), log_z_BS
+
+
+def _softmax_forward(logits_BSE: jax.Array) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
+    found = softmax(logits_BSE)
+    return found, found[1]
+
+
+def _softmax_backward(p_BSE: jax.Array, gradient: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array]:
+    d_log_p, d_p, d_log_z = gradient
+    h_BSE = d_log_p + p_BSE * d_p
+    return (h_BSE - p_BSE * (h_BSE.sum(axis=-1) - d_log_z)[..., None],)
+
+
+softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
 def top_k(select_BSE: jax.Array, num_selected: int) -> tuple[jax.Array, jax.Array]:
     """(int32 expert [B, S, K] by falling score, float32 margin [B, S] to the first one left out). No gradient.
 

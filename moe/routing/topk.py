@@ -35,7 +35,7 @@ from moe.config import at_least
 from moe.kernels.highest import highest
 from moe.routing import noise
 from moe.routing.base import Context, LinearRouterConfig, Routing
-from moe.routing.choice import token_choice, top_k
+from moe.routing.choice import softmax, token_choice, top_k
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,9 +101,13 @@ class TopKConfig(LinearRouterConfig):
         return noise.jitter(x_BSD, context, self.jitter)
 
     def route(self, logits_BSE: jax.Array, context: Context, bias_E: jax.Array) -> Routing:
-        log_z_BS = jax.nn.logsumexp(logits_BSE, axis=-1)
-        log_scores_BSE = jax.nn.log_sigmoid(logits_BSE) if self.score == "sigmoid" else logits_BSE - log_z_BS[..., None]
-        select_BSE = jnp.exp(log_scores_BSE) + bias_E
+        if self.score == "sigmoid":
+            log_scores_BSE, log_z_BS = jax.nn.log_sigmoid(logits_BSE), jax.nn.logsumexp(logits_BSE, axis=-1)
+            probs_BSE = jax.nn.softmax(log_scores_BSE, axis=-1)
+            select_BSE = jnp.exp(log_scores_BSE) + bias_E
+        else:
+            log_scores_BSE, probs_BSE, log_z_BS = softmax(logits_BSE)
+            select_BSE = probs_BSE + bias_E
         expert_BSK, margin_BS = top_k(self._among_groups(select_BSE), self.num_selected)
         chosen_BSK = jnp.take_along_axis(log_scores_BSE, expert_BSK, axis=-1)
         weight_BSK = jnp.exp(chosen_BSK) if self.normalise == "none" else jax.nn.softmax(chosen_BSK, axis=-1)
@@ -111,7 +115,7 @@ class TopKConfig(LinearRouterConfig):
             context,
             expert_BSK=expert_BSK,
             weight_BSK=self.scale * weight_BSK,
-            probs_BSE=jax.nn.softmax(log_scores_BSE, axis=-1),
+            probs_BSE=probs_BSE,
             log_z_BS=log_z_BS,
             margin_BS=margin_BS,
             select_BSE=select_BSE if self.num_groups == 1 else None,

@@ -14,6 +14,7 @@ import pytest
 from moe import param
 from moe.config import ConfigError, check
 from moe.routing.base import LinearRouter, RouterConfig, Routing
+from moe.routing.choice import softmax
 from moe.routing.topk import TopKConfig
 from tests.routing.contexts import context_for
 
@@ -215,3 +216,19 @@ def test_groups_and_jitter_that_cannot_work_are_refused() -> None:
         "needs groups of 2 experts" in dict(TopKConfig(num_groups=8, num_selected=1).layer_problems(8))["group_score"]
     )
     assert not dict(TopKConfig(num_groups=8, num_selected=1, group_score="max").layer_problems(8))
+
+
+def test_the_gradient_of_softmax_is_that_of_its_three_results_taken_apart() -> None:
+    logits = jax.random.normal(jax.random.key(0), (2, 3, 5))
+    weights = jax.random.normal(jax.random.key(1), (2, 2, 3, 5))
+
+    def loss(log_p: jax.Array, p: jax.Array, log_z: jax.Array) -> jax.Array:
+        return (weights[0] * log_p).sum() + (weights[1] * p).sum() + jnp.square(log_z).sum()
+
+    def apart(logits: jax.Array) -> jax.Array:
+        return loss(jax.nn.log_softmax(logits), jax.nn.softmax(logits), jax.nn.logsumexp(logits, axis=-1))
+
+    value, gradient = jax.value_and_grad(apart)(logits)
+    found_value, found = jax.value_and_grad(lambda logits: loss(*softmax(logits)))(logits)
+    np.testing.assert_allclose(found_value, value, rtol=1e-6)
+    np.testing.assert_allclose(found, gradient, atol=1e-6)
