@@ -41,6 +41,8 @@ class Arguments:
     """Seeds, each of them for every variant."""
     only: tuple[str, ...] = ()
     """Variants to run; all of them if not given."""
+    remark: str = ""
+    """A sentence for the page: what a reader should know of this machine or this run."""
     steps: int | None = None
     """Optimizer steps of every run; what the config says if not given."""
 
@@ -110,6 +112,8 @@ def _page(arguments: Arguments, variants: dict[str, object], failed: list[str]) 
         " over layers and the last 50 steps; dead: experts with less than 1 % of their share, summed over layers, same"
         " steps; step: 10th percentile of a run, the smallest over seeds.",
     ]
+    if arguments.remark:
+        lines += ["", arguments.remark]
     if failed:
         lines += ["", f"Did not finish: {', '.join(failed)}; see the logs in {arguments.workdir}."]
     return "\n".join(lines) + "\n"

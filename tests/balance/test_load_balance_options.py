@@ -153,6 +153,14 @@ def test_a_run_refuses_rules_that_do_not_fit_its_model() -> None:
 @pytest.mark.parametrize("rule", [ExpertBiasConfig(), QuantileConfig()])
 def test_a_bias_that_the_router_does_not_read_is_refused(rule: Any) -> None:
     deaf = grid.model_config(router=HashConfig())
-    check(run(ZLossConfig(), model=deaf))
+    check(run(model=deaf))
     with pytest.raises(ConfigError, match=rf"balance.0.name = '{rule.name}': moves the expert bias, which HashConfig"):
         check(run(rule, model=deaf))
+
+
+def test_a_term_that_no_router_could_learn_from_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"balance.0.coefficient = 0.001: weighs a constant: HashConfig has nothing to"
+    ):
+        check(run(ZLossConfig(), model=grid.model_config(router=HashConfig())))
+    check(run(ZLossConfig(coefficient=0.0), model=grid.model_config(router=HashConfig())))
