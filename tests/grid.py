@@ -110,6 +110,7 @@ class Measured:
     """int32 load per sequence."""
     prob_LGE: np.ndarray
     dropped_LG: np.ndarray
+    unserved_LG: np.ndarray
     tokens_G: np.ndarray
     states: dict[str, Any]
     """Balance state after the step."""
@@ -240,6 +241,7 @@ def measure(
     return Measured(
         values=values, gradients=gradients, terms=terms, states=states, reports=reports,
         count_LGE=in_order(stats.count_BE), prob_LGE=in_order(stats.prob_BE), dropped_LG=in_order(stats.dropped_B),
+        unserved_LG=in_order(stats.unserved_B),
         tokens_G=in_order(stats.tokens_B)[0],
     )  # fmt: skip
 
@@ -252,6 +254,7 @@ def agree(found: Measured, expected: Measured, *, same_accumulation: bool = Fals
     """Raises AssertionError unless the two are the same step."""
     np.testing.assert_array_equal(found.count_LGE, expected.count_LGE, "load")
     np.testing.assert_array_equal(found.dropped_LG, expected.dropped_LG, "dropped")
+    np.testing.assert_array_equal(found.unserved_LG, expected.unserved_LG, "unserved")
     np.testing.assert_array_equal(found.tokens_G, expected.tokens_G, "tokens")
     for name, state in expected.states.items():
         for key in state:

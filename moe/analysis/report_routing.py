@@ -51,6 +51,9 @@ def layer_numbers(run: RunFiles) -> list[dict[str, float]]:
 def specialisation(folder: Path, run: RunFiles) -> list[str]:
     """Load by domain as heat maps and tables."""
     found, layers, title = run.loads, run.layers, "## Specialisation"
+    if run.unrouted:
+        said = f"Left out, as some layer gave none of their tokens to an expert: {', '.join(run.unrouted)}."
+        title = f"{title}\n\n{said}"
     if not found:
         return [title, "No load by domain: this run has no final evaluation, or its model has no MoE layer."]
     save_figure(

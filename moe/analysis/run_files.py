@@ -28,8 +28,14 @@ class RunFiles(NamedTuple):
 
     @property
     def loads(self) -> dict[str, list[Array]]:
-        """The load [E_l] of every MoE layer by domain; empty for a model without such layers."""
-        return self.by_expert("load")
+        """The load [E_l] of every MoE layer by domain, but for those `unrouted`; empty for a dense model."""
+        found = self.by_expert("load")
+        return {name: load_L for name, load_L in found.items() if all(load_E.any() for load_E in load_L)}
+
+    @property
+    def unrouted(self) -> list[str]:
+        """Domains of which some layer gave no token to any expert, so that they have no load there."""
+        return [name for name in self.by_expert("load") if name not in self.loads]
 
     def by_expert(self, key: str) -> dict[str, list[Array]]:
         """Lists [L, E] of every domain, with the experts that a layer does not have left out."""

@@ -36,6 +36,8 @@ class Statistics:
     """int32 real tokens."""
     dropped_B: jax.Array
     """int32 assignments that a capacity limit dropped."""
+    unserved_B: jax.Array
+    """int32 real tokens that the router gave to no expert."""
     chosen_prob_B: jax.Array
     """float32 sum over tokens of the probability mass on the experts they took. No gradient."""
     margin_B: jax.Array
@@ -79,12 +81,24 @@ def statistics(
         z_B=jnp.square(routing.log_z_BS).sum(axis=1),
         tokens_B=mask_BS.sum(axis=1, dtype=jnp.int32),
         dropped_B=dropped_B,
+        unserved_B=(mask_BS & ~_served(routing)).sum(axis=1, dtype=jnp.int32),
         chosen_prob_B=_chosen_prob(routing, probs_BSE, hit_BRE),
         margin_B=jnp.where(jnp.isfinite(routing.margin_BS), routing.margin_BS, 0.0).sum(axis=1),
         expert_BR=routing.expert_BR if keep_choices else None,
         token_BR=routing.token_BR if keep_choices and routing.slots is None else None,
         below_EH=count_below(routing, mask_BS, *shortfall) if shortfall is not None else None,
     )
+
+
+def _served(routing: Routing) -> jax.Array:
+    """bool [B, S]: some expert takes the token; every token has a part in slots that mix them all."""
+    B, S, E = routing.probs_BSE.shape
+    taken_BR = routing.expert_BR < E
+    if routing.slots is not None:
+        return jnp.ones((B, S), bool)
+    if routing.num_selected is not None:
+        return taken_BR.reshape(B, S, -1).any(axis=-1)
+    return jax.vmap(lambda token_R, taken_R: jnp.zeros(S, bool).at[token_R].max(taken_R))(routing.token_BR, taken_BR)
 
 
 def _chosen_prob(routing: Routing, probs_BSE: jax.Array, hit_BRE: jax.Array) -> jax.Array:
@@ -147,7 +161,8 @@ def summary(whole: Statistics) -> dict[str, jax.Array]:
     `load/max_violation_micro` = the same of every micro-batch, mean over those that hold a token; depends on A;
     `load/entropy` = -sum f log f / log E (1 when balanced);
     `load/histogram/from_a` = experts with a <= E f < the next of `LOAD_EDGES`; adds up to E over the edges;
-    `load/dead` = experts with f < 1 / (100 E), the lowest of these bins; `load/dropped` = dropped share of assignments.
+    `load/dead` = experts with f < 1 / (100 E), the lowest of these bins; `load/dropped` = dropped share of assignments;
+    `load/unserved` = share of the real tokens that the router gave to no expert.
 
     Means over real tokens: `router/chosen_prob` = probability mass of the experts that a token takes, K / E if its
     scores are all equal (the paper's top-k sum; 0 for routers with slots); `router/margin` = score of the last expert
@@ -167,6 +182,7 @@ def summary(whole: Statistics) -> dict[str, jax.Array]:
         "load/entropy": -(f_LE * log_f).sum(axis=-1) / jnp.log(jnp.maximum(E_L, 2.0)),
         "load/dead": histogram[f"load/histogram/from_{LOAD_EDGES[0]:g}"],
         "load/dropped": whole.dropped_B.sum(axis=(0, 2)) / jnp.maximum(count_LE.sum(axis=-1), 1),
+        "load/unserved": whole.unserved_B.sum(axis=(0, 2)) / tokens_L,
         "router/chosen_prob": whole.chosen_prob_B.sum(axis=(0, 2)) / tokens_L,
         "router/margin": whole.margin_B.sum(axis=(0, 2)) / tokens_L,
     } | histogram

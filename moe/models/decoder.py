@@ -109,7 +109,9 @@ class DecoderConfig:
     def _norm_problems(self) -> Iterator[tuple[str, str]]:
         for prefix, config in self.sublayers:
             if self.norm.startswith("hybrid") and config.mixes_tokens and getattr(config, "head_norm", "") != "qkv":
-                field = prefix + "head_norm" if hasattr(config, "head_norm") else prefix[:-1]
+                fields = {field.name for field in dataclasses.fields(config)}
+                inner = {"head_norm": "head_norm", "attention": "attention.head_norm"}
+                field = next((prefix + path for name, path in inner.items() if name in fields), prefix[:-1])
                 yield field, f"must have head_norm='qkv', as norm={self.norm!r} does not normalise its input"
             if self.norm == "sandwich" and config.router_only_scales:
                 yield (

@@ -183,6 +183,24 @@ class RouterConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenChoiceConfig(RouterConfig):
+    """Base of routers of which every token takes K experts."""
+
+    num_selected: int = 2
+    """K, experts per token."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from at_least(self, num_selected=1)
+
+    def layer_problems(self, num_experts: int) -> Iterator[tuple[str, str]]:
+        if self.num_selected > num_experts:
+            yield "num_selected", f"must be at most num_experts = {num_experts}"
+
+    def experts_per_token(self, num_experts: int) -> float:
+        return self.num_selected
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearScoresConfig(RouterConfig):
     """Base of routers whose logits are linear in the token: z = x W_router. Subclasses define `route`."""
 
@@ -213,22 +231,12 @@ class LinearScoresConfig(RouterConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearRouterConfig(LinearScoresConfig):
+class LinearRouterConfig(LinearScoresConfig, TokenChoiceConfig):
     """Base of routers with linear logits of which every token takes K experts. Subclasses define `route`."""
 
-    num_selected: int = 2
-    """K, experts per token."""
-
     def problems(self) -> Iterator[tuple[str, str]]:
-        yield from super().problems()
-        yield from at_least(self, num_selected=1)
-
-    def layer_problems(self, num_experts: int) -> Iterator[tuple[str, str]]:
-        if self.num_selected > num_experts:
-            yield "num_selected", f"must be at most num_experts = {num_experts}"
-
-    def experts_per_token(self, num_experts: int) -> float:
-        return self.num_selected
+        yield from LinearScoresConfig.problems(self)
+        yield from TokenChoiceConfig.problems(self)
 
 
 class LinearRouter(Router):

@@ -22,12 +22,12 @@ import jax.numpy as jnp
 
 from moe.config import at_least
 from moe.kernels.highest import highest
-from moe.routing.base import Context, Router, RouterConfig, Routing
+from moe.routing.base import Context, Router, Routing, TokenChoiceConfig
 from moe.routing.choice import unscored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HashConfig(RouterConfig):
+class HashConfig(TokenChoiceConfig):
     """Experts by a hash of the token id."""
 
     task_gradient: ClassVar[bool] = False
@@ -42,13 +42,6 @@ class HashConfig(RouterConfig):
         yield from at_least(self, num_selected=1, seed=0)
         if self.seed >= 2**32:
             yield "seed", "must be below 2^32"
-
-    def layer_problems(self, num_experts: int) -> Iterator[tuple[str, str]]:
-        if self.num_selected > num_experts:
-            yield "num_selected", f"must be at most num_experts = {num_experts}"
-
-    def experts_per_token(self, num_experts: int) -> float:
-        return self.num_selected
 
     def build(self, key: jax.Array, width: int, num_experts: int) -> "HashRouter":
         return HashRouter(self, num_experts)

@@ -25,18 +25,16 @@ import jax.numpy as jnp
 
 from moe import param
 from moe.config import at_least
-from moe.routing.base import EXACT, EXPERT_AXIS, Context, Router, RouterConfig, Routing
+from moe.routing.base import EXACT, EXPERT_AXIS, Context, Router, Routing, TokenChoiceConfig
 from moe.routing.choice import token_choice, top_k
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PreGateConfig(RouterConfig):
+class PreGateConfig(TokenChoiceConfig):
     """One causal router for all layers."""
 
     all_layers: ClassVar[bool] = True
 
-    num_selected: int = 2
-    """K, experts per token."""
     normalise: Literal["none", "sum"] = "none"
     """Combine weights: the probabilities as they are, or divided by their sum over the K."""
     hidden: int = 64
@@ -52,13 +50,6 @@ class PreGateConfig(RouterConfig):
             yield "hidden", f"must be divisible by num_heads = {self.num_heads}"
         if self.num_selected == 1 and self.normalise != "none":
             yield "normalise", "must be 'none' when num_selected is 1: the weight would be 1 and the router never learn"
-
-    def layer_problems(self, num_experts: int) -> Iterator[tuple[str, str]]:
-        if self.num_selected > num_experts:
-            yield "num_selected", f"must be at most num_experts = {num_experts}"
-
-    def experts_per_token(self, num_experts: int) -> float:
-        return self.num_selected
 
     def build(self, key: jax.Array, width: int, num_experts: int) -> "PreGate":
         return PreGate(self, key, width, num_experts)

@@ -40,18 +40,16 @@ from moe import param
 from moe.config import at_least
 from moe.kernels.highest import highest
 from moe.routing import noise
-from moe.routing.base import EXACT, SAVED_NAME, Context, Router, RouterConfig, Routing
+from moe.routing.base import EXACT, SAVED_NAME, Context, Router, Routing, TokenChoiceConfig
 from moe.routing.choice import token_choice
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProductKeyConfig(RouterConfig):
+class ProductKeyConfig(TokenChoiceConfig):
     """Experts on a grid, scored by coordinates."""
 
     uses_bias: ClassVar[bool] = False
 
-    num_selected: int = 2
-    """K, experts per token."""
     grid: tuple[int, ...] = (4, 2)
     """Sizes of the grid's dimensions; their product is num_experts."""
     failure_rate: float = 0.0
@@ -73,9 +71,6 @@ class ProductKeyConfig(RouterConfig):
             yield "grid", f"its product is {math.prod(self.grid)} and must be num_experts = {num_experts}"
         if self.num_selected > num_experts:
             yield "num_selected", f"must be at most num_experts = {num_experts}"
-
-    def experts_per_token(self, num_experts: int) -> float:
-        return self.num_selected
 
     def build(self, key: jax.Array, width: int, num_experts: int) -> "ProductKey":
         return ProductKey(self, key, width)

@@ -15,36 +15,21 @@ logits, which are even on average only.
 """
 
 import dataclasses
-from collections.abc import Iterator
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from moe.config import at_least
-from moe.routing.base import Context, Router, RouterConfig, Routing
+from moe.routing.base import Context, Router, Routing, TokenChoiceConfig
 from moe.routing.choice import unscored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RoundRobinConfig(RouterConfig):
+class RoundRobinConfig(TokenChoiceConfig):
     """Experts in turn: an even load."""
 
     task_gradient: ClassVar[bool] = False
     uses_bias: ClassVar[bool] = False
-
-    num_selected: int = 2
-    """K, experts per token."""
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        yield from at_least(self, num_selected=1)
-
-    def layer_problems(self, num_experts: int) -> Iterator[tuple[str, str]]:
-        if self.num_selected > num_experts:
-            yield "num_selected", f"must be at most num_experts = {num_experts}"
-
-    def experts_per_token(self, num_experts: int) -> float:
-        return self.num_selected
 
     def build(self, key: jax.Array, width: int, num_experts: int) -> "RoundRobin":
         return RoundRobin(self, num_experts)

@@ -38,6 +38,9 @@ class TemperatureConfig:
         if not self.start >= self.end:
             yield "start", f"must be at least end = {self.end}: the temperature never rises"
         yield from at_least(self, decay_steps=1)
+        for field in ("decay_steps", "shape") if self.start == self.end else ():
+            if getattr(self, field) != getattr(TemperatureConfig, field):
+                yield field, f"is ignored, as start = end = {self.end}: the temperature is a constant"
 
     def at(self, step: jax.Array) -> jax.Array:
         """float32 tau at an int32 step."""

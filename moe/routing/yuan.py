@@ -25,16 +25,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe import param
 from moe.config import at_least
-from moe.routing.base import EXACT, EXPERT_AXIS, SAVED_NAME, Context, Router, RouterConfig, Routing
+from moe.routing.base import EXACT, EXPERT_AXIS, SAVED_NAME, Context, Router, Routing, TokenChoiceConfig
 from moe.routing.choice import token_choice, top_k
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class YuanConfig(RouterConfig):
+class YuanConfig(TokenChoiceConfig):
     """Attention between experts decides."""
 
-    num_selected: int = 2
-    """K, experts per token."""
     init_std: float = 0.02
     """Standard deviation of the three initial matrices."""
 
@@ -42,13 +40,6 @@ class YuanConfig(RouterConfig):
         yield from at_least(self, init_std=0)
         if self.num_selected < 2:
             yield "num_selected", "must be at least 2: the one weight would be 1 and the router never learn"
-
-    def layer_problems(self, num_experts: int) -> Iterator[tuple[str, str]]:
-        if self.num_selected > num_experts:
-            yield "num_selected", f"must be at most num_experts = {num_experts}"
-
-    def experts_per_token(self, num_experts: int) -> float:
-        return self.num_selected
 
     def build(self, key: jax.Array, width: int, num_experts: int) -> "AttentionRouter":
         return AttentionRouter(self, key, width, num_experts)

@@ -214,3 +214,15 @@ def test_a_curve_has_the_records_that_hold_its_key() -> None:
     found = curve([{"step": 1, "a": 2.0}, {"step": 2}, {"step": 3, "a": 4.0}], "a")
     assert found is not None and found.steps.tolist() == [1, 3] and found.values.tolist() == [2, 4]
     assert curve([{"step": 1}], "a") is None
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_domain_that_some_layer_routes_nowhere_is_left_out_and_named(tmp_path: Path) -> None:
+    make_run(tmp_path, steps=5)
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    load = evaluation["domains"]["code"]["load"]
+    load[1] = [0.0] * len(load[1])
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    text = write_report(tmp_path).read_text()
+    assert "gave none of their tokens to an expert: code." in text
+    assert "| layer | english | tables | headers | names |" in text

@@ -283,8 +283,10 @@ def test_load_is_normalised_by_its_own_sum_and_zero_where_nothing_is_counted() -
 
 def test_the_summary_is_what_its_docstring_says_on_hand_made_loads() -> None:
     count = jnp.array([[5, 5, 5, 5], [20, 0, 0, 0], [10, 10, 0, 0]], jnp.int32)
-    found = summary(made(count[None, :, None], dropped_B=jnp.array([0, 5, 10])[None, :, None]))
+    per_layer = {"dropped_B": [0, 5, 10], "unserved_B": [0, 5, 2], "tokens_B": [10, 10, 8]}
+    found = summary(made(count[None, :, None], **{k: jnp.array(v)[None, :, None] for k, v in per_layer.items()}))
     np.testing.assert_allclose(found["load/max_violation"], [0, 3, 1])
     np.testing.assert_allclose(found["load/entropy"], [1, 0, 0.5], atol=1e-6)
     np.testing.assert_array_equal(found["load/dead"], [0, 3, 2])
     np.testing.assert_allclose(found["load/dropped"], [0, 0.25, 0.5])
+    np.testing.assert_allclose(found["load/unserved"], [0, 0.5, 0.25])

@@ -127,7 +127,7 @@ def test_bfloat16_is_kept_while_statistics_are_float32_and_int32() -> None:
     dtypes = {name: leaf.dtype for name, leaf in vars(stats).items() if isinstance(leaf, jax.Array)}
     assert dtypes == {
         "count_BE": jnp.int32, "prob_BE": jnp.float32, "z_B": jnp.float32, "tokens_B": jnp.int32,
-        "dropped_B": jnp.int32, "chosen_prob_B": jnp.float32, "margin_B": jnp.float32,
+        "dropped_B": jnp.int32, "unserved_B": jnp.int32, "chosen_prob_B": jnp.float32, "margin_B": jnp.float32,
     }  # fmt: skip
     # The router reads the rounded tokens, but computes in float32: exactly what it makes of them as float32.
     _, exact = run(module, x.astype(jnp.bfloat16).astype(jnp.float32))

@@ -14,6 +14,7 @@ import pytest
 from moe import param
 from moe.config import ConfigError, check
 from moe.layers.attention import AttentionConfig
+from moe.layers.mixture_of_attention import MixtureOfAttentionConfig
 from moe.layers.mlp import MLPConfig
 from moe.layers.moe import MoEConfig
 from moe.layers.parallel import ParallelConfig
@@ -231,6 +232,9 @@ def test_hybrid_without_normed_heads_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^model\.stacks\.1\.layers\.0\." + said):
         check(DecoderConfig(norm="hybrid", stacks=stacks), "model")
     check(DecoderConfig(norm="hybrid", stacks=stacks[:1]), "model")
+    mixture = StackConfig(layers=(MixtureOfAttentionConfig(attention=heads), MLP))
+    with pytest.raises(ConfigError, match=r"^model\.stacks\.0\.layers\.0\.attention\." + said):
+        check(DecoderConfig(norm="hybrid", stacks=(mixture,)), "model")
     beside = StackConfig(layers=(ParallelConfig(parts=(stacks[0].layers[0], MLP)),))
     with pytest.raises(ConfigError, match=r"^model\.stacks\.0\.layers\.0 = ParallelConfig.*: must have head_norm"):
         check(DecoderConfig(norm="hybrid_star", stacks=(beside,)), "model")

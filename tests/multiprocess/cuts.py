@@ -1,6 +1,5 @@
 """What two processes of four devices compute, stated once for the processes and for the test that reads the answers."""
 
-import dataclasses
 from pathlib import Path
 
 from moe.axes import MeshConfig
@@ -24,8 +23,7 @@ CUTS = (
     Cut(mesh=FSDP_TENSOR, accumulation=2, padding="tokens"),
     Cut(mesh=THREE, remat="dots", padding="sequences"),
 )
-HAS_JITTER = "jitter" in {field.name for field in dataclasses.fields(TopKConfig)}
-NOISY_ROUTER = TopKConfig(init_std=0.3, **({"jitter": 0.1} if HAS_JITTER else {}))
+NOISY_ROUTER = TopKConfig(init_std=0.3, jitter=0.1)
 ALONE = tuple((grid.LM, *grid.TERMS[index % 3 :: 3]) for index in range(len(CUTS)))
 """Per cut the terms whose loss and gradient are taken, each term in two cuts: running is what takes time here. The
 values of all terms, the statistics and the states of the rules are compared in every cut."""

@@ -113,7 +113,6 @@ def test_two_processes_compute_the_step_of_one_device(found: Found, cut: Cut) ->
                 grid.close_trees(here.gradients[name], same.gradients[name], f"gradient {name}")
 
 
-@pytest.mark.skipif(not cuts.HAS_JITTER, reason="top-k has no jitter")
 def test_a_noisy_router_draws_the_same_numbers_in_two_processes(found: Found) -> None:
     noisy, plain = measured(Cut(router=cuts.NOISY_ROUTER)), measured(ORACLE)
     assert (noisy.count_LGE != plain.count_LGE).any()

@@ -100,6 +100,10 @@ def padding_is_void_and_the_load_sums_to_one(config: RouterConfig, E: int) -> No
     np.testing.assert_allclose(load(sums.count_BE).sum(axis=-1), 1.0, rtol=1e-6)
     assert int(sums.count_BE.sum()) == int((routing.expert_BR < E).sum())
     np.testing.assert_array_equal(sums.tokens_B, real.sum(axis=1))
+    served = np.full(real.shape, routing.slots is not None)
+    for b, r in np.ndindex(routing.expert_BR.shape) if routing.slots is None else ():
+        served[b, routing.token_BR[b, r]] |= routing.expert_BR[b, r] < E
+    np.testing.assert_array_equal(sums.unserved_B, (real & ~served).sum(axis=1), "tokens without an expert")
 
 
 def the_content_of_padding_changes_nothing(config: RouterConfig, E: int) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from moe import param
+from moe.balance.statistics import statistics
 from moe.config import ConfigError, check
 from moe.dispatch import DenseConfig, DispatchConfig, DroplessConfig, ExpertWeights
 from moe.layers.moe import MoEConfig
@@ -123,6 +124,11 @@ def test_a_task_beyond_the_table_goes_to_the_general_experts_alone(unknown: int)
     lost = tasks == unknown
     assert (np.asarray(without.expert_BR).reshape(B, S, 2)[lost] == 5).all() and not without.probs_BSE[lost].any()
     assert np.isfinite(without.weight_BR).all() and not np.asarray(without.weight_BR).reshape(B, S, 2)[lost].any()
+    # Nor do they disappear: they are counted.
+    real = np.asarray(context(tasks).mask_BS)
+    sums = statistics(without, real, jnp.zeros((B,), jnp.int32))
+    np.testing.assert_array_equal(sums.unserved_B, (lost & real).sum(axis=1))
+    assert (lost & real).any()
 
 
 def test_there_are_no_parameters() -> None:

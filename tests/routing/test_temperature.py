@@ -32,13 +32,17 @@ def test_both_ends_are_exact_and_the_temperature_falls_all_the_way(shape: str, e
 
 
 def test_equal_ends_are_a_constant() -> None:
-    config = TemperatureConfig(start=0.7, end=0.7, decay_steps=10)
+    config = TemperatureConfig(start=0.7, end=0.7)
     assert {at(config, step) for step in (0, 3, 10, 99)} == {float(np.float32(0.7))}
 
 
 def test_schedules_that_cannot_work_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"end = 0.0: must be greater than 0"):
         check(TemperatureConfig(end=0.0))
+    with pytest.raises(ConfigError, match=r"decay_steps = 10: is ignored, as start = end = 0.7"):
+        check(TemperatureConfig(start=0.7, end=0.7, decay_steps=10))
+    with pytest.raises(ConfigError, match="shape = 'linear': is ignored"):
+        check(TemperatureConfig(start=0.7, end=0.7, shape="linear"))
     with pytest.raises(ConfigError, match=r"start = 0.1: must be at least end = 0.3"):
         check(TemperatureConfig(start=0.1))
     with pytest.raises(ConfigError, match=r"decay_steps = 0: must be at least 1"):
