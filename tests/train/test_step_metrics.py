@@ -14,17 +14,14 @@ from moe.train.checkpoint import Checkpoints
 from moe.train.run import CheckpointConfig
 from moe.train.state import TrainState
 from moe.train.step_metrics import _idle, _range
+from tests.balance.made import made
 
 
 def whole(count: object, **changes: object) -> Statistics:
     """Statistics [A, L, B, E] of these counts; two assignments a token."""
     count_BE = jnp.asarray(count, jnp.int32)
     tokens_B = count_BE.sum(axis=-1) // 2
-    zero_B = jnp.zeros(tokens_B.shape)
-    fields = {"chosen_prob_B": zero_B, "margin_B": zero_B} | changes
-    return Statistics(
-        count_BE=count_BE, prob_BE=zero_B[..., None], z_B=zero_B, tokens_B=tokens_B, dropped_B=tokens_B * 0, **fields
-    )
+    return made(count_BE, **{"tokens_B": tokens_B} | changes)
 
 
 def test_every_expert_is_in_one_bin_of_the_histogram() -> None:
