@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moe import axes as logical
 
 AXES_KEY = "axes"
+PIECES_KEY = "pieces"
 Module = TypeVar("Module", bound=nnx.Module)
 
 
@@ -28,9 +29,16 @@ def declare(value: jax.Array, axes: Sequence[str | None]) -> nnx.Param:
     return nnx.Param(value, axes=tuple(axes))  # the keyword is AXES_KEY
 
 
-def stack(make: Callable[[jax.Array], Module], keys: jax.Array) -> Module:
-    """`len(keys)` modules as one whose parameters have a leading layer dimension, to be run by `jax.lax.scan`."""
-    return jax.vmap(make)(keys)
+def stack(make: Callable[[jax.Array], Module], keys: jax.Array, pieces: int | None = None) -> Module:
+    """`len(keys)` modules as one whose parameters have a leading layer dimension, to be run by `jax.lax.scan`.
+
+    `pieces`: the dimension is cut over pipeline stages, if as many pieces for every stage come out even; None: never.
+    """
+    stacked = jax.vmap(make)(keys)
+    if pieces is not None:
+        for variable in jax.tree.leaves(nnx.state(stacked, nnx.Param), is_leaf=_is_variable):
+            variable.set_metadata(PIECES_KEY, pieces)
+    return stacked
 
 
 def pure(module: nnx.Module) -> dict[str, Any]:
@@ -51,24 +59,34 @@ def logical_axes(module: nnx.Module) -> dict[str, Any]:
     return _map_variables(module, lambda variable: variable.get_metadata()[AXES_KEY])
 
 
-def specs(module: nnx.Module) -> dict[str, Any]:
-    """PartitionSpec for each parameter, in the tree of `pure`; stacked layer dimensions are not cut."""
+def specs(module: nnx.Module, stages: int | None = None) -> dict[str, Any]:
+    """PartitionSpec for each parameter, in the tree of `pure`, with so many pipeline stages (None: of the mesh in use).
+
+    Stacked layer dimensions are cut over them where `stack` was told so and it comes out even.
+    """
+    here = logical.stages_in_use() if stages is None else stages
 
     def of(variable: nnx.Variable) -> PartitionSpec:
-        axes = variable.get_metadata()[AXES_KEY]
-        stacked = variable.get_value().ndim - len(axes)
-        return PartitionSpec(*(None,) * stacked, *logical.spec(axes))
+        metadata, shape = variable.get_metadata(), variable.get_value().shape
+        axes, pieces = metadata[AXES_KEY], metadata.get(PIECES_KEY)
+        layers: list[str | None] = [None] * (len(shape) - len(axes))
+        if pieces is not None and here > 1 and shape[0] % (here * pieces) == 0:
+            layers[0] = "layers"
+        return logical.spec((*layers, *axes))
 
     return _map_variables(module, of)
 
 
 def shardings(module: nnx.Module, mesh: Mesh) -> dict[str, Any]:
     """NamedSharding for each parameter, in the tree of `pure`."""
-    return jax.tree.map(
-        lambda part: NamedSharding(mesh, part), specs(module), is_leaf=lambda x: isinstance(x, PartitionSpec)
-    )
+    found = specs(module, logical.size(mesh, logical.STAGE))
+    return jax.tree.map(lambda one: NamedSharding(mesh, one), found, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 def _map_variables(module: nnx.Module, of: Callable[[nnx.Variable], Any]) -> dict[str, Any]:
     state = nnx.state(module, nnx.Param)
-    return nnx.to_pure_dict(jax.tree.map(of, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
+    return nnx.to_pure_dict(jax.tree.map(of, state, is_leaf=_is_variable))
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)

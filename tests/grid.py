@@ -30,6 +30,7 @@ from moe.balance import (
 )
 from moe.config import check
 from moe.dispatch import DispatchConfig, DroplessConfig
+from moe.kernels.attend import AttendConfig
 from moe.layers.attention import AttentionConfig
 from moe.layers.moe import MoEConfig
 from moe.models import DecoderConfig
@@ -90,12 +91,16 @@ class Cut:
     padding: str = "none"
     dispatch: DispatchConfig = DROPLESS
     router: RouterConfig = ROUTER
+    attend: AttendConfig = AttendConfig()
+    logit_chunk: int = 0
     pyramid: bool = False
     """The second layer has half as many experts as the first."""
 
     def __str__(self) -> str:
         mesh = "x".join(f"{name}{size}" for name, size in self.mesh) or "one"
-        return f"{mesh}-A{self.accumulation}-{self.remat}-{self.padding}-{type(self.dispatch).__name__[:-6].lower()}"
+        attend = "" if self.attend.method == "whole" else f"-{self.attend.method}"
+        dispatch = type(self.dispatch).__name__[:-6].lower()
+        return f"{mesh}-A{self.accumulation}-{self.remat}-{self.padding}-{dispatch}{attend}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,11 +125,11 @@ class Measured:
 def model_config(dispatch: DispatchConfig = DROPLESS, remat: Any = "none", **changes: Any) -> DecoderConfig:
     """2 layers of 8 experts, width 32, with a router far from uniform."""
     router: RouterConfig = changes.pop("router", ROUTER)
+    heads = AttentionConfig(num_heads=4, num_kv_heads=2, head_width=8, attend=changes.pop("attend", AttendConfig()))
     if changes.pop("pyramid", False):
-        attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_width=8)
         sizes = (EXPERTS, EXPERTS // 2)
         experts = [MoEConfig(num_experts=E, expert_hidden=16, router=router, dispatch=dispatch) for E in sizes]
-        stacks = tuple(StackConfig(layers=(attention, layer)) for layer in experts)
+        stacks = tuple(StackConfig(layers=(heads, layer)) for layer in experts)
         return DecoderConfig(vocab_size=VOCAB, width=32, init_std=0.1, remat=remat, stacks=stacks, **changes)
     return DecoderConfig(
         **{
@@ -133,7 +138,7 @@ def model_config(dispatch: DispatchConfig = DROPLESS, remat: Any = "none", **cha
             "num_layers": LAYERS,
             "init_std": 0.1,
             "remat": remat,
-            "attention": AttentionConfig(num_heads=4, num_kv_heads=2, head_width=8),
+            "attention": heads,
             "moe": MoEConfig(num_experts=EXPERTS, expert_hidden=16, router=router, dispatch=dispatch),
         }
         | changes
@@ -194,10 +199,17 @@ def measure(
         steps=200,
         mesh=mesh_config,
         balance=rules,
-        model=model_config(cut.dispatch, cut.remat, router=cut.router, pyramid=cut.pyramid),
+        model=model_config(
+            cut.dispatch,
+            cut.remat,
+            router=cut.router,
+            pyramid=cut.pyramid,
+            attend=cut.attend,
+            logit_chunk=cut.logit_chunk,
+        ),
     )
     check(config)
-    mesh = axes.make_mesh(mesh_config, jax.devices()[: int(np.prod(list(dict(cut.mesh).values()) or [1]))])
+    mesh = axes.make_mesh(mesh_config, jax.devices()[: mesh_config.num_devices])
     model = config.model.abstract()
     host = train_state(rules, cut.router, cut.pyramid)
     whole = NamedSharding(mesh, PartitionSpec())
@@ -215,8 +227,8 @@ def measure(
             for rule in rules
         )
         here = dataclasses.replace(config, balance=weighted)
-        plain = loss_module.token_losses
-        with mock.patch.object(loss_module, "token_losses", lambda *a: weights[LM] * plain(*a)):
+        plain = loss_module.nats
+        with mock.patch.object(loss_module, "nats", lambda *a: weights[LM] * plain(*a)):
             loss, grads, share = batch_gradient(here, model, state, arrays)
         stats = share.statistics
         states = {rule.name: rule.update(state.balance[rule.name], stats) for rule in rules}

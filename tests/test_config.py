@@ -55,7 +55,7 @@ def test_saved_configs_name_their_types() -> None:
 
 
 def test_unknown_fields_and_types_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"MeshConfig has no field 'pipeline'; it has data, expert, fsdp, tensor"):
+    with pytest.raises(ConfigError, match=r"MeshConfig has no field 'pipeline'; it has context, data, expert"):
         c.from_dict(c.to_dict(MeshConfig()) | {"pipeline": 2})
     with pytest.raises(ConfigError, match=r"'moe.axes:make_mesh' is not a config type"):
         c.from_dict({"type": "moe.axes:make_mesh"})
@@ -113,7 +113,7 @@ BAD: list[tuple[str, Any, str]] = [
         r"balance.0.scope = 5: must divide the 64 sequences .* 1, 2, 4, 8, 16, 32, 64",
     ),
     ("accumulation", 3, "batch_size = 64: must be divisible by accumulation = 3"),
-    ("mesh.expert", 3, "batch_size = 64: a micro-batch of 64 .* divisible by data [*] fsdp [*] expert = 3"),
+    ("mesh.fsdp", 3, "batch_size = 64: a micro-batch of 64 .* divisible by data [*] fsdp = 3"),
     ("mesh.tensor", 4, "model.vocab_size = 258: must be divisible by mesh.tensor = 4"),
     ("mesh.expert", 16, "model.moe.num_experts = 8: must be divisible by mesh.expert = 16"),
     ("optim.schedule.warmup_steps", 300, "optim.schedule.warmup_steps = 300: must be less than steps = 300"),

@@ -13,7 +13,7 @@ FILES = sorted(path for top in ("moe", "configs", "launch") for path in (ROOT / 
 
 # What each part may import, beside itself. Every part may import `moe.config`, `moe.axes` and the parts of its row.
 BELOW: dict[str, set[str]] = {}
-_seen: set[str] = {"moe.config", "moe.axes"}
+_seen: set[str] = {"moe.config", "moe.folding", "moe.axes"}
 for _level in (
     ["moe.param"],
     ["moe.kernels"],
@@ -30,7 +30,7 @@ for _level in (
     for _part in _level:
         BELOW[_part] = set(_seen)
     _seen |= set(_level)
-BELOW |= {"moe.config": set(), "moe.axes": {"moe.config"}}
+BELOW |= {"moe.config": set(), "moe.folding": {"moe.config"}, "moe.axes": {"moe.config", "moe.folding"}}
 BELOW["moe.data"] = {"moe.config"}  # text in, arrays out: it knows of no model and no mesh
 SEES_THE_ROUTING_CONTRACT_ALONE = ("moe.balance", "moe.dispatch")
 

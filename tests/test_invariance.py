@@ -31,6 +31,7 @@ from moe.balance import (
 )
 from moe.balance.scope import per_sequence_load
 from moe.dispatch import CapacityConfig, DenseConfig
+from moe.kernels.attend import AttendConfig
 from moe.train.loss import real_targets, share_of_loss
 from tests import grid
 from tests.grid import EXPERTS, POSITIONS, RULES, Cut, Measured, agree, measure, measured
@@ -40,21 +41,29 @@ ORACLE = Cut(dispatch=DenseConfig())
 LAYOUTS: dict[str, tuple[tuple[str, int], ...]] = {
     "1 device": (),
     "data 2": (("data", 2),),
-    "expert 2": (("expert", 2),),
+    "context 2": (("data", 2), ("context", 2), ("expert", 2)),
     "data 8": (("data", 8),),
     "fsdp 8": (("fsdp", 8),),
-    "expert 8": (("expert", 8),),
-    "2 2 2 1": (("data", 2), ("fsdp", 2), ("expert", 2)),
-    "1 2 2 2": (("fsdp", 2), ("expert", 2), ("tensor", 2)),
-    "2 1 2 2": (("data", 2), ("expert", 2), ("tensor", 2)),
+    "expert 8": (("fsdp", 8), ("expert", 8)),
+    "2 2 2 1": (("data", 2), ("fsdp", 4), ("expert", 2)),
+    "1 2 2 2": (("fsdp", 4), ("tensor", 2), ("expert", 2), ("expert_tensor", 2)),
+    "context 4 tensor 2": (("context", 4), ("tensor", 2), ("expert", 4), ("expert_tensor", 2)),
     "fsdp 4 tensor 2": (("fsdp", 4), ("tensor", 2)),
 }
 ACCUMULATION = (1, 2, 4)
 REMAT = ("none", "full", "dots")
 PADDING = ("none", "tokens", "sequences")
-# Every layout at every accumulation; remat and padding rotate so that each pair of values of two factors appears.
+ATTEND = (AttendConfig(method="ring"), AttendConfig(), AttendConfig(method="gather", chunk=1))
+# Every layout at every accumulation; remat and padding rotate so that each pair of values of two factors appears. Where
+# positions are cut, so do the ways in which attention meets the keys of other devices.
 COVERING = [
-    Cut(mesh=mesh, accumulation=ACCUMULATION[j], remat=REMAT[(i + j) % 3], padding=PADDING[(i + 2 * j) % 3])
+    Cut(
+        mesh=mesh,
+        accumulation=ACCUMULATION[j],
+        remat=REMAT[(i + j) % 3],
+        padding=PADDING[(i + 2 * j) % 3],
+        attend=ATTEND[j] if dict(mesh).get("context") else AttendConfig(),
+    )
     for i, mesh in enumerate(LAYOUTS.values())
     for j in range(3)
 ]

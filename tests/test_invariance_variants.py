@@ -37,6 +37,12 @@ PYRAMID = [
     Cut(mesh=LAYOUTS["2 2 2 1"], accumulation=2, remat="dots", padding="tokens", pyramid=True),
     Cut(mesh=LAYOUTS["fsdp 4 tensor 2"], accumulation=4, padding="sequences", pyramid=True),
 ]
+IN_CHUNKS = Cut(mesh=LAYOUTS["1 2 2 2"], accumulation=2, remat="offload", padding="tokens", logit_chunk=11)
+
+
+def test_a_loss_in_chunks_and_layers_on_the_host_are_the_same_step() -> None:
+    rules = (LoadBalanceConfig(name="global"),)
+    agree(measured(IN_CHUNKS, rules), measured(Cut(), rules))
 
 
 @pytest.mark.parametrize("cut", NOISY, ids=str)

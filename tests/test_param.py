@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from configs import debug
 from moe import axes, param
-from moe.axes import MeshConfig
+from moe.axes import CONTEXT, FSDP, TENSOR, MeshConfig
 
 
 class Pair(nnx.Module):
@@ -62,20 +62,22 @@ def test_stacked_modules_have_a_layer_dimension_that_is_not_cut() -> None:
     assert stacked.w[...].shape == (3, 6, 4)
     for layer in range(3):
         np.testing.assert_array_equal(stacked.w[...][layer], Pair(keys[layer]).w[...])
-    assert param.specs(stacked) == {"w": PartitionSpec(None, "fsdp", "tensor"), "scale": PartitionSpec(None, None)}
-    assert param.specs(Pair(keys[0])) == {"w": PartitionSpec("fsdp", "tensor"), "scale": PartitionSpec(None)}
+    w = (FSDP + CONTEXT, TENSOR)
+    assert param.specs(stacked) == {"w": PartitionSpec(None, *w), "scale": PartitionSpec(None, None)}
+    assert param.specs(Pair(keys[0])) == {"w": PartitionSpec(*w), "scale": PartitionSpec(None)}
 
 
 UNTIED = dataclasses.replace(debug.get_config().model, tie_embeddings=False)  # d | m m, with a shared expert
-MESH = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
-# V = 264, D = 32, N = 4, M = 2, H = 8, E = 8, F = 32 (experts, shared) or 64 (dense); shards by hand.
-ATTENTION = {"w_query": (16, 2, 8), "w_key": (16, 1, 8), "w_value": (16, 1, 8), "w_out": (2, 8, 16)}
+MESH = MeshConfig(data=1, fsdp=4, tensor=2, expert=2, expert_tensor=2)
+# V = 264, D = 32, N = 4, M = 2, H = 8, E = 8, F = 32 (experts, shared) or 64 (dense). Shards by hand: D is cut by
+# 4, of experts by 2.
+ATTENTION = {"w_query": (8, 2, 8), "w_key": (8, 1, 8), "w_value": (8, 1, 8), "w_out": (2, 8, 8)}
 EVERY_LAYER = {f"0.attention.{name}": shape for name, shape in ATTENTION.items()}
 EVERY_LAYER |= {"0.norm.scale": (32,), "1.norm.scale": (32,)}
-DENSE_LAYER = {"1.mlp.w_gate": (16, 32), "1.mlp.w_up": (16, 32), "1.mlp.w_down": (32, 16)}
-MOE_LAYER = {"w_gate": (4, 16, 16), "w_up": (4, 16, 16), "w_down": (4, 16, 16), "router.w_router": (16, 8)}
-MOE_LAYER |= {f"shared.{name}": (16, 16) for name in ("w_gate", "w_up", "w_down")}
-SHARDS = {"embedding": (132, 16), "head": (16, 132), "final_norm.scale": (32,)}
+DENSE_LAYER = {"1.mlp.w_gate": (8, 32), "1.mlp.w_up": (8, 32), "1.mlp.w_down": (32, 8)}
+MOE_LAYER = {"w_gate": (4, 16, 16), "w_up": (4, 16, 16), "w_down": (4, 16, 16), "router.w_router": (8, 8)}
+MOE_LAYER |= {"shared.w_gate": (8, 16), "shared.w_up": (8, 16), "shared.w_down": (16, 8)}
+SHARDS = {"embedding": (132, 8), "head": (8, 132), "final_norm.scale": (32,)}
 SHARDS |= {f"stacks.0.{name}": (1, *shape) for name, shape in (EVERY_LAYER | DENSE_LAYER).items()}
 SHARDS |= {f"stacks.1.{name}": (2, *shape) for name, shape in EVERY_LAYER.items()}
 SHARDS |= {f"stacks.1.1.moe.{name}": (2, *shape) for name, shape in MOE_LAYER.items()}
@@ -96,7 +98,8 @@ def test_shards_on_eight_devices_have_the_shapes_of_the_table_and_hold_the_same_
     assert len(found) == len(jax.tree.leaves(nnx.state(model)))  # there is no state that is not a parameter
     # Experts lie on the devices of their own part of the expert axis, in order.
     for shard in found["stacks.1.1.moe.w_gate"].addressable_shards:
-        _, fsdp, expert, tensor = (int(i[0]) for i in np.nonzero(mesh.devices == shard.device))
+        where = dict(zip(axes.MESH_AXES, (int(i[0]) for i in np.nonzero(mesh.devices == shard.device)), strict=True))
+        fsdp, expert, tensor = (where[name] for name in ("fsdp", "fsdp_expert", "tensor_expert_tensor"))
         assert tuple(index.start or 0 for index in shard.index) == (0, 4 * expert, 16 * fsdp, 16 * tensor)
     jax.tree.map(
         np.testing.assert_array_equal, jax.device_get(params), jax.device_get(jax.jit(make)(jax.random.key(0)))

@@ -46,6 +46,8 @@ class Statistics:
     """int32 [B, R] expert of every assignment, where asked for; what is not below the layer's E is void."""
     token_BR: jax.Array | None = None
     """int32 [B, R] position of the token that each of them serves; None where experts serve mixtures of tokens."""
+    need_B: jax.Array | None = None
+    """float32 capacity with which none of the sequence's assignments would have been dropped; None: nothing drops."""
     below_EH: jax.Array | None = None
     """int32 [E, H], where asked for: tokens of all sequences that lack less score than each edge; see `shortfall`."""
     widths: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
@@ -65,7 +67,7 @@ class Statistics:
 
 def statistics(
     routing: Routing, mask_BS: jax.Array, dropped_B: jax.Array, *, keep_choices: bool = False,
-    shortfall: tuple[float, int] | None = None,
+    shortfall: tuple[float, int] | None = None, need_B: jax.Array | None = None,
 ) -> Statistics:  # fmt: skip
     """Reduces one layer's routing over positions; `keep_choices` keeps every assignment too.
 
@@ -86,6 +88,7 @@ def statistics(
         margin_B=jnp.where(jnp.isfinite(routing.margin_BS), routing.margin_BS, 0.0).sum(axis=1),
         expert_BR=routing.expert_BR if keep_choices else None,
         token_BR=routing.token_BR if keep_choices and routing.slots is None else None,
+        need_B=need_B,
         below_EH=count_below(routing, mask_BS, *shortfall) if shortfall is not None else None,
     )
 
@@ -121,6 +124,7 @@ def stack_layers(parts: Sequence[tuple[Statistics, int]]) -> Statistics:
     R_of = {None if one.expert_BR is None else one.expert_BR.shape[-1] for one, _ in parts}
     with_tokens = {one.token_BR is not None for one, _ in parts}
     with_below = all(one.below_EH is not None for one, _ in parts)
+    with_need = any(one.need_B is not None for one, _ in parts)
 
     def widen(leaf: jax.Array) -> jax.Array:
         return jnp.pad(leaf, ((0, 0), (0, 0), (0, widest - leaf.shape[-1])))
@@ -137,6 +141,7 @@ def stack_layers(parts: Sequence[tuple[Statistics, int]]) -> Statistics:
             prob_BE=widen(one.prob_BE),
             expert_BR=one.expert_BR if len(R_of) == 1 else None,
             token_BR=one.token_BR if len(R_of) == 1 and all(with_tokens) else None,
+            need_B=(jnp.zeros_like(one.z_B) if one.need_B is None else one.need_B) if with_need else None,
             below_EH=lengthen(one.below_EH),
             widths=(),
         )

@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe.dispatch.base import DispatchConfig, Dispatcher, ExpertWeights, expert_mlp
+from moe.dispatch.base import Assignments, DispatchConfig, Dispatcher, ExpertWeights, expert_mlp, grouped_mlp
+from moe.dispatch.need import of_experts
 from moe.routing.base import SAVED_NAME, Routing
 
 
@@ -42,31 +43,62 @@ class CapacityConfig(DispatchConfig):
     def uses_priority(self) -> bool:
         return self.keep == "priority"
 
+    def at_capacity(self, capacity: float) -> DispatchConfig:
+        return dataclasses.replace(self, capacity_factor=capacity)
+
+    def need(self, routing: Routing) -> jax.Array:
+        return of_experts(routing)
+
     def problems(self) -> Iterator[tuple[str, str]]:
         if not self.capacity_factor > 0:
             yield "capacity_factor", "must be greater than 0"
 
     def build(self) -> Dispatcher:
-        def capacity(x_BSD: jax.Array, routing: Routing, weights: ExpertWeights) -> tuple[jax.Array, jax.Array]:
-            R = routing.expert_BR.shape[1]
-            # The group's buffer is sized by all E experts, also where this device holds only some of them.
-            exact = self.capacity_factor * R / routing.num_experts
-            size = min(R, max(1, math.ceil(exact - 1e-9)))  # 1.1 * 10 is 11.000000000000002
-            return _capacity(x_BSD, routing, weights, size, self.keep)
-
-        return capacity
+        return Capacity(self)
 
 
-def _capacity(
-    x_BSD: jax.Array, routing: Routing, weights: ExpertWeights, size: int, keep: str
-) -> tuple[jax.Array, jax.Array]:
+@dataclasses.dataclass(frozen=True)
+class Capacity(Dispatcher):
+    """Whole sequences on one device: a buffer for every expert. Rows that travel: dropped ones stay, then grouped."""
+
+    config: CapacityConfig
+
+    def size(self, routing: Routing) -> int:
+        """C."""
+        R = routing.expert_BR.shape[1]
+        exact = self.config.capacity_factor * R / routing.num_experts
+        return min(R, max(1, math.ceil(exact - 1e-9)))  # 1.1 * 10 is 11.000000000000002
+
+    def __call__(self, x_BSD: jax.Array, routing: Routing, weights: ExpertWeights) -> tuple[jax.Array, jax.Array]:
+        assignment_BEC, dropped_B = self._kept(routing)
+        return _through_buffers(x_BSD, routing, weights, assignment_BEC), dropped_B
+
+    def select(self, routing: Routing) -> tuple[Routing, jax.Array]:
+        B, R = routing.expert_BR.shape
+        assignment_BEC, dropped_B = self._kept(routing)
+        nobody = jnp.zeros((R,), bool)
+        kept_BR = jax.vmap(lambda a: nobody.at[a].set(True, mode="drop"))(assignment_BEC.reshape(B, -1))
+        expert_BR = jnp.where(kept_BR, routing.expert_BR, routing.num_experts)
+        weight_BR = jnp.where(kept_BR, routing.weight_BR, 0)
+        return dataclasses.replace(routing, expert_BR=expert_BR, weight_BR=weight_BR), dropped_B
+
+    def compute(self, x_TD: jax.Array, a: Assignments, weights: ExpertWeights, bound: int) -> jax.Array:
+        return grouped_mlp(x_TD, a, weights, bound)
+
+    def _kept(self, routing: Routing) -> tuple[jax.Array, jax.Array]:
+        """(int32 [B, E, C] assignments in every buffer, R where empty; int32 [B] how many did not fit)."""
+        priority_BR = _priority(routing, self.config.keep)
+        E, size = routing.num_experts, self.size(routing)
+        slots = jax.vmap(lambda expert_R, priority_R: _fill(expert_R, priority_R, E, size))
+        # Recomputed weights may differ in the last bit: the backward pass must not keep other assignments.
+        return checkpoint_name(slots(routing.expert_BR, priority_BR), SAVED_NAME)
+
+
+def _through_buffers(
+    x_BSD: jax.Array, routing: Routing, weights: ExpertWeights, assignment_BEC: jax.Array
+) -> jax.Array:
     B, S, D = x_BSD.shape
-    E = weights.gate_EDF.shape[0]
-    weight_BR = routing.weight_BR
-    priority_BR = _priority(routing, keep)
-    slots = jax.vmap(lambda expert_R, priority_R: _fill(expert_R, priority_R, E, size))
-    # Recomputed weights may differ in the last bit: the backward pass must not keep other assignments.
-    assignment_BEC, dropped_B = checkpoint_name(slots(routing.expert_BR, priority_BR), SAVED_NAME)
+    E, size = assignment_BEC.shape[1:]
 
     def gather(values: jax.Array) -> jax.Array:  # [B, R, ...] -> [B, E, C, ...], zeros in empty slots
         return jax.vmap(lambda v, a: jnp.take(v, a, axis=0, mode="fill", fill_value=0))(values, assignment_BEC)
@@ -74,11 +106,11 @@ def _capacity(
     token_BEC = jnp.where(assignment_BEC < routing.token_BR.shape[1], gather(routing.token_BR), S)
     x_BECD = jax.vmap(lambda x, t: jnp.take(x, t, axis=0, mode="fill", fill_value=0))(x_BSD, token_BEC)
     x_ETD = x_BECD.transpose(1, 0, 2, 3).reshape(E, B * size, D)
-    y_ETD = expert_mlp(x_ETD, gather(weight_BR).transpose(1, 0, 2).reshape(E, B * size), weights)
+    y_ETD = expert_mlp(x_ETD, gather(routing.weight_BR).transpose(1, 0, 2).reshape(E, B * size), weights)
     y_BTD = y_ETD.reshape(E, B, size, D).transpose(1, 0, 2, 3).reshape(B, E * size, D).astype(jnp.float32)
     zeros = jnp.zeros((S, D), jnp.float32)
     y_BSD = jax.vmap(lambda t, y: zeros.at[t].add(y, mode="drop"))(token_BEC.reshape(B, -1), y_BTD)
-    return y_BSD.astype(x_BSD.dtype), dropped_B
+    return y_BSD.astype(x_BSD.dtype)
 
 
 def _priority(routing: Routing, keep: str) -> jax.Array:

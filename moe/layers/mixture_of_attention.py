@@ -33,8 +33,10 @@ from moe.layers.attention import Attention, AttentionConfig, Cache
 from moe.layers.base import Sublayer, SublayerConfig
 from moe.routing.base import EXACT, EXPERT_AXIS, Context
 
-KEY_VALUE = ("w_key", "w_value", "key_norm", "value_norm")
+KEY_VALUE = ("w_key", "w_value", "b_key", "b_value", "key_norm", "value_norm")
 """Parameters of `Attention` that make keys and values."""
+_OF_EXPERTS = {"embed": "expert_embed", "heads": "expert_heads", "kv_heads": "expert_kv_heads"}
+"""Logical axes of `Attention` as they are called where every expert has weights of its own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,7 @@ class MixtureOfAttentionConfig(SublayerConfig):
         yield "num_experts", self.num_experts, "expert"
         for field, size, axis in self.attention.divisible():
             yield f"attention.{field}", size, axis
+            yield f"attention.{field}", size, "expert_tensor"
 
     def multiply_adds(self, width: int, seq_len: int) -> float:
         """E times those of an expert; with shared keys, 2 D M H of them once. The router is not counted."""
@@ -92,8 +95,9 @@ class MixtureOfAttention(Sublayer):
         for path, part in nnx.iter_graph(self.experts):
             if isinstance(part, nnx.Param) and config.shared_kv and path[0] in KEY_VALUE:
                 part.set_value(part.get_value()[0])
-            elif isinstance(part, nnx.Param) and (one := part.get_metadata()[param.AXES_KEY]) != ("norm",):
-                part.set_metadata(param.AXES_KEY, ("experts", *one))  # gains stay vectors: they do not decay
+            elif isinstance(part, nnx.Param) and len(one := part.get_metadata()[param.AXES_KEY]) > 1:
+                # Gains and biases stay vectors: they do not decay.
+                part.set_metadata(param.AXES_KEY, ("experts", *(_OF_EXPERTS.get(name, name) for name in one)))
 
     def __call__(self, x_BSD: jax.Array, context: Context, bias_E: jax.Array) -> tuple[jax.Array, Statistics | None]:
         def run(weights: Any) -> jax.Array:

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from moe import param
+from moe.axes import constrain
 from moe.config import at_least
+from moe.kernels.project import project
 from moe.layers.base import Sublayer, SublayerConfig
 from moe.routing.base import Context
 
@@ -40,7 +41,10 @@ class MLPConfig(SublayerConfig):
 
 
 class MLP(nnx.Module):
-    """x [..., D] -> [..., D] in the dtype of x."""
+    """x [B, S, D] -> [B, S, D] in the dtype of x, both cut like the residual stream; without a mesh x [..., D].
+
+    Collectives: with tensor > 1 an all-gather of x over tensor and a reduce-scatter of y.
+    """
 
     def __init__(self, key: jax.Array, width: int, hidden: int, init_std: float, out_std: float):
         gate, up, down = jax.random.split(key, 3)
@@ -49,8 +53,10 @@ class MLP(nnx.Module):
         self.w_down = param.normal(down, (hidden, width), ("mlp", "embed"), out_std)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up, down = (w[...].astype(x.dtype) for w in (self.w_gate, self.w_up, self.w_down))
-        return jnp.einsum("...f,fd->...d", jax.nn.silu(x @ gate) * (x @ up), down)
+        whole = ("batch", "position", None)
+        gate, up = (project("...d,df->...f", x, w[...], (None, "mlp"), whole) for w in (self.w_gate, self.w_up))
+        hidden = constrain(jax.nn.silu(gate) * up, "batch", "position", "mlp")
+        return constrain(project("...f,fd->...d", hidden, self.w_down[...], ("mlp", None)), "batch", "stream", None)
 
 
 class MLPLayer(MLP, Sublayer):

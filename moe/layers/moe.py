@@ -37,8 +37,16 @@ import numpy as np
 from moe import param
 from moe.balance.statistics import Statistics, statistics
 from moe.config import at_least
-from moe.dispatch import DispatchConfig, Dispatcher, DroplessConfig, ExpertWeights, dispatch
-from moe.dispatch.sharded import DOWN_AXES, GATE_AXES, UP_AXES
+from moe.dispatch import (
+    DispatchConfig,
+    Dispatcher,
+    DroplessConfig,
+    ExchangeConfig,
+    ExpertWeights,
+    RingConfig,
+    dispatch,
+)
+from moe.dispatch.sharded import DOWN_AXES, GATE_AXES, RING, UP_AXES
 from moe.layers.base import Sublayer, SublayerConfig
 from moe.layers.mlp import MLP
 from moe.routing.base import Context, RouterConfig, Routing
@@ -63,6 +71,7 @@ class MoEConfig(SublayerConfig):
     """Initial weights of the routed experts: init_std and out_std, or by fan-in as of one dense layer of E F units."""
     router: RouterConfig = TopKConfig()
     dispatch: DispatchConfig = DroplessConfig()
+    exchange: ExchangeConfig = RingConfig()
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from at_least(self, num_experts=2, expert_hidden=1, shared_hidden=0)
@@ -93,7 +102,7 @@ class MoEConfig(SublayerConfig):
 
     def divisible(self) -> Iterator[tuple[str, int, str]]:
         yield "num_experts", self.num_experts, "expert"
-        yield "expert_hidden", self.expert_hidden, "tensor"
+        yield "expert_hidden", self.expert_hidden, "expert_tensor"
         yield "shared_hidden", self.shared_hidden, "tensor"
 
     def multiply_adds(self, width: int, seq_len: int) -> float:
@@ -108,7 +117,8 @@ class MoE(Sublayer):
         E, D, F = config.num_experts, width, config.expert_hidden
         router, gate, up, down, shared = jax.random.split(key, 5)
         self.router = None if config.router.all_layers else config.router.build(router, D, E)
-        self.dispatcher = config.dispatch.build()
+        self.dispatcher, self.exchange = config.dispatch.build(), config.exchange
+        self.config = config
         in_std, down_std = init_std, out_std
         if config.expert_init == "dense_equivalent":
             in_std, down_std = _dense_equivalent(D, E * F, 2 * out_std / init_std)
@@ -128,15 +138,22 @@ class MoE(Sublayer):
                 raise ValueError("the layer's router decides for all layers, but the context brings no routing")
         with jax.named_scope("dispatch"):
             weights = ExpertWeights(*(w[...].astype(x_BSD.dtype) for w in (self.w_gate, self.w_up, self.w_down)))
-            y_BSD, dropped_B = _through_slots(self.dispatcher, x_BSD, routing, weights)
+            y_BSD, dropped_B = _through_slots(self.dispatcher, x_BSD, routing, weights, self.exchange)
         with jax.named_scope("statistics"):
             sums = statistics(
-                routing, context.mask_BS, dropped_B, keep_choices=context.keep_choices, shortfall=context.shortfall
-            )
+                routing, context.mask_BS, dropped_B, keep_choices=context.keep_choices, shortfall=context.shortfall,
+                need_B=self._need(routing),
+            )  # fmt: skip
         if self.shared is not None:
             with jax.named_scope("shared_expert"):
                 y_BSD = self._combined(x_BSD, y_BSD, self.shared(x_BSD))
         return y_BSD, sums
+
+    def _need(self, routing: Routing) -> jax.Array | None:
+        """float32 [B] the capacity that dispatcher and exchange would need to drop nothing; None: neither drops."""
+        parts = (self.config.dispatch, self.config.exchange)
+        found = [need for part in parts if (need := part.need(routing)) is not None]
+        return jax.lax.stop_gradient(jnp.stack(found).max(axis=0)) if found else None
 
     def _combined(self, x_BSD: jax.Array, routed_BSD: jax.Array, shared_BSD: jax.Array) -> jax.Array:
         if self.shared_combine == "add":
@@ -157,11 +174,15 @@ def _dense_equivalent(width: int, hidden: int, scale: float) -> tuple[float, flo
 
 
 def _through_slots(
-    dispatcher: Dispatcher, x_BSD: jax.Array, routing: Routing, weights: ExpertWeights
+    dispatcher: Dispatcher,
+    x_BSD: jax.Array,
+    routing: Routing,
+    weights: ExpertWeights,
+    exchange: ExchangeConfig = RING,
 ) -> tuple[jax.Array, jax.Array]:
     """`dispatch`; where the router assigns mixtures of tokens, the slots take the tokens' place on the way."""
     if (slots := routing.slots) is None:
-        return dispatch(dispatcher, x_BSD, routing, weights)
+        return dispatch(dispatcher, x_BSD, routing, weights, exchange)
     x_BPD = jnp.einsum("bps,bsd->bpd", slots.gather_BPS.astype(x_BSD.dtype), x_BSD)
-    y_BPD, dropped_B = dispatch(dispatcher, x_BPD, dataclasses.replace(routing, slots=None), weights)
+    y_BPD, dropped_B = dispatch(dispatcher, x_BPD, dataclasses.replace(routing, slots=None), weights, exchange)
     return jnp.einsum("bsp,bpd->bsd", slots.scatter_BSP.astype(x_BSD.dtype), y_BPD), dropped_B

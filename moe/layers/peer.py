@@ -56,7 +56,7 @@ class PEER(Sublayer):
         slot_BSR, weight_BSR = self.lookup(x_BSD)
         up_BSRD = rows(self.w_up, slot_BSR, x_BSD.dtype)
         hidden_BSR = jnp.einsum("bsd,bsrd->bsr", to_slices(x_BSD), up_BSRD, preferred_element_type=jnp.float32)
-        hidden_BSR = constrain(hidden_BSR, "memory_batch", "position", None)
-        weight_BSR = constrain(weight_BSR, "memory_batch", "position", None)
+        hidden_BSR = constrain(hidden_BSR, "memory_batch", "memory_position", None)
+        weight_BSR = constrain(weight_BSR, "memory_batch", "memory_position", None)
         weight_BSR = weight_BSR * jax.nn.gelu(hidden_BSR, approximate=False)
         return weighted_sum(weight_BSR, rows(self.w_down, slot_BSR, x_BSD.dtype)), None

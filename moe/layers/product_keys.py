@@ -35,7 +35,7 @@ from moe.routing.base import EXACT, SAVED_NAME
 
 TABLE_AXES = ("memory_slots", "memory_width")
 """Logical axes of a table with one row for every slot."""
-SLICED = ("memory_batch", "position", "memory_width")
+SLICED = ("memory_batch", "memory_position", "memory_width")
 """Logical axes of token vectors [B, S, D] beside a table."""
 
 
@@ -123,14 +123,14 @@ def _best(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 def to_slices(x_BSD: jax.Array) -> jax.Array:
     """x as the devices need it that hold slices of rows: an all-to-all from sequences to widths."""
-    x_BSD = constrain(x_BSD, "batch", "position", None)
-    return constrain(constrain(x_BSD, "memory_batch", "position", "memory_slice"), *SLICED)
+    x_BSD = constrain(x_BSD, "batch", "stream", None)
+    return constrain(constrain(x_BSD, "memory_batch", "memory_position", "memory_slice"), *SLICED)
 
 
 def from_slices(y_BSD: jax.Array) -> jax.Array:
     """The inverse: cut like the batch again."""
-    y_BSD = constrain(constrain(y_BSD, *SLICED), "memory_batch", "position", "memory_slice")
-    return constrain(y_BSD, "batch", "position", None)
+    y_BSD = constrain(constrain(y_BSD, *SLICED), "memory_batch", "memory_position", "memory_slice")
+    return constrain(y_BSD, "batch", "stream", None)
 
 
 def rows(table: nnx.Param, slot_BSR: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -139,13 +139,13 @@ def rows(table: nnx.Param, slot_BSR: jax.Array, dtype: jnp.dtype) -> jax.Array:
     Rows are cast after they are gathered, so that neither the table nor its gradient is ever copied in `dtype`. What
     it costs: R D numbers a token where XLA does not fuse the gather with the sum that follows.
     """
-    slot_BSR = constrain(slot_BSR, "memory_batch", "position", None)
+    slot_BSR = constrain(slot_BSR, "memory_batch", "memory_position", None)
     return table[...].at[slot_BSR].get(mode="promise_in_bounds").astype(dtype)
 
 
 def weighted_sum(weight_BSR: jax.Array, rows_BSRD: jax.Array) -> jax.Array:
     """sum_r weight_r row_r: [B, S, D] in the dtype of the rows, summed in float32, cut like the batch again."""
-    weight_BSR = constrain(weight_BSR, "memory_batch", "position", None)
+    weight_BSR = constrain(weight_BSR, "memory_batch", "memory_position", None)
     y_BSD = jnp.einsum(
         "bsr,bsrd->bsd", weight_BSR.astype(rows_BSRD.dtype), rows_BSRD, preferred_element_type=jnp.float32
     )

@@ -1,5 +1,6 @@
 """Models built from blocks."""
 
-from moe.models.decoder import Decoder, DecoderConfig, Predictions
+from moe.models.decoder import Decoder, DecoderConfig
+from moe.models.output import Predictions
 
 __all__ = ["Decoder", "DecoderConfig", "Predictions"]

@@ -56,8 +56,8 @@ class AheadConfig:
 class Merge(nnx.Module):
     """hidden [B, S, D] and embeddings [B, S, D] -> [B, S, D]: both normalised, concatenated and projected."""
 
-    def __init__(self, key: jax.Array, width: int, init_std: float):
-        self.hidden_norm, self.token_norm = RMSNorm(width), RMSNorm(width)
+    def __init__(self, key: jax.Array, width: int, init_std: float, norm_eps: float = 1e-6):
+        self.hidden_norm, self.token_norm = RMSNorm(width, norm_eps), RMSNorm(width, norm_eps)
         self.w_merge = param.normal(key, (2, width, width), (None, "embed", None), init_std)
 
     def __call__(self, hidden_BSD: jax.Array, token_BSD: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ Compile time and program size do not grow with depth: a stack is one loop over i
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,13 @@ from moe.layers.base import SublayerConfig
 from moe.layers.mlp import MLPConfig
 from moe.layers.moe import MoEConfig
 from moe.layers.norm import RMSNorm
-from moe.models import scan
+from moe.models import output, pipeline, scan
 from moe.models.ahead import AheadConfig, Merge, ahead
 from moe.models.layout import StackConfig, Stacks, first_block, in_order, rhythm, split_at
-from moe.models.residual import Norm
+from moe.models.output import Predictions
+from moe.models.pipeline import PipelineConfig
+from moe.models.remat import Remat
+from moe.models.residual import Norm, norm_problems
 from moe.routing.base import Context, RouterConfig
 
 _RHYTHM = ("num_layers", "dense_layers", "moe_every", "mlp_hidden", "attention", "moe")
@@ -60,26 +63,34 @@ class DecoderConfig:
     norm: Norm = "pre"
     """Where norms stand: on a sublayer's input (pre), behind its residual (post), on input and output (sandwich), on
     attention's heads and behind it (hybrid), or that with an ordinary first block (hybrid_star)."""
+    norm_eps: float = 1e-6
+    """Epsilon of these norms, the final one and those of `ahead`; norms inside a sublayer have their own."""
+    scale_embedding: bool = True
+    """Multiply token embeddings by sqrt(D); most published models do not."""
     allow_non_causal: bool = False
     """Allow routers that look at later tokens; the model's loss is then no longer that of a language model."""
     ahead: AheadConfig | None = None
     """Multi-token prediction; None: only the next token is predicted."""
+    pipeline: PipelineConfig | None = None
+    """How the batch passes through the stages of the mesh; needed with mesh.stages > 1."""
     tie_embeddings: bool = True
     """Use the token embedding as output projection too."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Activations and matrix products; parameters and statistics stay float32."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, or all. Router outputs are kept."""
+    remat: Remat = "none"
+    """What the backward pass recomputes: all but what this policy keeps; `moe.models.remat` lists them."""
+    logit_chunk: int = 0
+    """Tokens of a device whose logits exist at a time in the loss, 0: all. Changes memory, not numbers."""
     init_std: float = 0.02
     """Standard deviation of initial weights; output projections get init_std / sqrt(number of sublayers)."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        yield from at_least(self, vocab_size=2, width=2)
+        yield from at_least(self, vocab_size=2, width=2, logit_chunk=0)
         yield from self._spelled_problems() if self.stacks else self._rhythm_problems()
-        yield from self._norm_problems()
+        yield from norm_problems(self.norm, self.sublayers)
         yield from self._decider_problems()
-        if not self.init_std > 0:
-            yield "init_std", "must be greater than 0"
+        for field in [name for name in ("init_std", "norm_eps") if not getattr(self, name) > 0]:
+            yield field, "must be greater than 0"
         if self.allow_non_causal and not self.non_causal:
             yield "allow_non_causal", "is ignored, as no router looks at later tokens; leave it False"
         for path in () if self.allow_non_causal else self.non_causal:
@@ -105,20 +116,6 @@ class DecoderConfig:
         for name in _RHYTHM:
             if getattr(self, name) != default[name]:
                 yield name, "is ignored, as `stacks` spells the layers out; leave it at its default"
-
-    def _norm_problems(self) -> Iterator[tuple[str, str]]:
-        for prefix, config in self.sublayers:
-            if self.norm.startswith("hybrid") and config.mixes_tokens and getattr(config, "head_norm", "") != "qkv":
-                fields = {field.name for field in dataclasses.fields(config)}
-                inner = {"head_norm": "head_norm", "attention": "attention.head_norm"}
-                field = next((prefix + path for name, path in inner.items() if name in fields), prefix[:-1])
-                yield field, f"must have head_norm='qkv', as norm={self.norm!r} does not normalise its input"
-            if self.norm == "sandwich" and config.router_only_scales:
-                yield (
-                    "norm",
-                    f"would divide out the only weight of model.{prefix[:-1]}, one expert a token and none shared: the"
-                    " task could not teach the router; use two experts a token, a shared expert or another norm",
-                )
 
     def _decider_problems(self) -> Iterator[tuple[str, str]]:
         paths = [prefix for prefix, config in self.sublayers if _decider(config) is not None]
@@ -205,22 +202,26 @@ class Decoder(nnx.Module):
         embed, blocks, head = jax.random.split(key, 3)
         V, D = config.vocab_size, config.width
         self.embedding = param.normal(embed, (V, D), ("vocab", "embed"), config.init_std)
-        self.stacks = nnx.List(scan.build(config.layout, config.norm, blocks, width=D, init_std=config.init_std))
-        self.final_norm = RMSNorm(D)
+        std, eps = config.init_std, config.norm_eps
+        pieces = [config.pipeline.rounds] * len(config.trunk) if config.pipeline is not None else []
+        self.stacks = nnx.List(
+            scan.build(config.layout, config.norm, blocks, width=D, init_std=std, norm_eps=eps, pieces=pieces)
+        )
+        self.final_norm = RMSNorm(D, eps)
         if (found := config.decider) is not None:
             self.router = found[0].build(jax.random.fold_in(key, 1), D, found[1])
         if config.ahead is not None:
             keys = jax.random.split(jax.random.fold_in(key, 2), config.ahead.depth)
-            self.merges = nnx.List(Merge(one, D, config.init_std) for one in keys)
+            self.merges = nnx.List(Merge(one, D, std, eps) for one in keys)
         if not config.tie_embeddings:
             self.head = param.normal(head, (D, V), ("embed", "vocab"), config.init_std)
 
     def __call__(self, context: Context, bias_LE: jax.Array) -> tuple[jax.Array, Statistics | None]:
         found = self.predict(context, bias_LE)
-        return found.logits_BSV, found.statistics
+        return self.logits(found.hidden_BSD), found.statistics
 
-    def predict(self, context: Context, bias_LE: jax.Array) -> "Predictions":
-        """`__call__`, and what the blocks of `ahead` predict."""
+    def predict(self, context: Context, bias_LE: jax.Array) -> Predictions:
+        """Hidden vectors in place of logits, for the next token and for what the blocks of `ahead` predict."""
         x_BSD = self.embed(context.token_BS)
         if self.config.decider is not None:
             context = dataclasses.replace(context, routing=self.router(x_BSD, context, self._its_bias(bias_LE)))
@@ -228,16 +229,16 @@ class Decoder(nnx.Module):
         stacks = list(zip(self.stacks, scan.given(layout, bias_LE), strict=True))
         trunk = len(self.config.trunk)
         for pattern, given in stacks[:trunk]:
-            x_BSD, found = scan.run(pattern, x_BSD, context, given, remat)
+            x_BSD, found = pipeline.run(self.config.pipeline, pattern, x_BSD, context, given, remat)
             sums.append(found)
-        logits_BSV, later = self.unembed(x_BSD), []
+        hidden_BSD, later = self.final_norm(x_BSD), []
         for offset, (pattern, given) in enumerate(stacks[trunk:], 1):
             here = ahead(context, offset)
             x_BSD = self.merges[offset - 1](x_BSD, self.embed(here.token_BS))
             x_BSD, found = scan.run(pattern, x_BSD, here, given, remat)
             sums.append(found)
-            later.append(self.unembed(x_BSD))
-        return Predictions(logits_BSV, scan.in_layer_order(sums, layout), tuple(later))
+            later.append(self.final_norm(x_BSD))
+        return Predictions(hidden_BSD, scan.in_layer_order(sums, layout), tuple(later))
 
     def decode(self, context: Context, bias_LE: jax.Array, caches: Caches) -> tuple[jax.Array, Caches]:
         """Reads S new tokens of every sequence, which follow the cached ones: (logits float32 [B, V], caches).
@@ -267,26 +268,26 @@ class Decoder(nnx.Module):
     def embed(self, token_BS: jax.Array) -> jax.Array:
         # The rows are gathered from a table that is whole in D: cut in D over fsdp, XLA would replicate the result.
         table_VD = constrain(self.embedding[...].astype(jnp.dtype(self.config.compute_dtype)), "vocab", None)
-        # Times sqrt(D), so that tied embeddings of standard deviation 0.02 start the residual stream in range.
-        x_BSD = jnp.take(table_VD, token_BS, axis=0) * math.sqrt(self.config.width)
-        return constrain(x_BSD, "batch", "position", None)
+        # sqrt(D): tied embeddings of standard deviation 0.02 then start the residual stream in range.
+        scale = math.sqrt(self.config.width) if self.config.scale_embedding else 1.0
+        x_BSD = constrain(jnp.take(table_VD, token_BS, axis=0), "batch", "position", None)
+        return constrain(x_BSD * scale, "batch", "stream", None)
+
+    @property
+    def head_DV(self) -> jax.Array:
+        return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
+
+    def logits(self, hidden_BSD: jax.Array) -> jax.Array:
+        """float32 [B, S, V] of hidden vectors from `predict`."""
+        return output.logits(hidden_BSD, self.head_DV)
+
+    def nats(self, hidden_BSD: jax.Array, target_BS: jax.Array, real_BS: jax.Array) -> jax.Array:
+        """float32 scalar: loss of hidden vectors from `predict`, summed where `real_BS`."""
+        return output.nats(hidden_BSD, self.head_DV, target_BS, real_BS, self.config.logit_chunk)
 
     def unembed(self, x_BSD: jax.Array) -> jax.Array:
-        with jax.named_scope("logits"):
-            x_BSD = self.final_norm(x_BSD)
-            head_DV = self.embedding[...].T if self.config.tie_embeddings else self.head[...]
-            logits = jnp.einsum("bsd,dv->bsv", x_BSD, head_DV.astype(x_BSD.dtype), preferred_element_type=jnp.float32)
-            return constrain(logits, "batch", "position", "vocab")
-
-
-class Predictions(NamedTuple):
-    """What the decoder says of a batch."""
-
-    logits_BSV: jax.Array
-    """float32, of the next token."""
-    statistics: Statistics | None
-    later: tuple[jax.Array, ...]
-    """float32 [B, S, V] for each block of `ahead`: of the token after the next one, and so on."""
+        """Logits of the residual stream."""
+        return self.logits(self.final_norm(x_BSD))
 
 
 def _decider(config: SublayerConfig) -> tuple[RouterConfig, int] | None:

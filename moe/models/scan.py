@@ -5,29 +5,22 @@ the model, counted sublayer by sublayer, so how the layers are grouped into stac
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_policies
 
 from moe import param
 from moe.balance.statistics import Statistics, stack_layers
 from moe.layers.base import SublayerConfig
 from moe.models.layout import Stacks, first_block, in_order
+from moe.models.remat import recomputed
 from moe.models.residual import Form, Norm, Residual, form_of
-from moe.routing.base import SAVED_NAME, Context
-
-_save_router = checkpoint_policies.save_only_these_names(SAVED_NAME)
-_POLICIES: dict[str, Callable[..., Any]] = {
-    "full": _save_router,
-    "dots": checkpoint_policies.save_from_both_policies(
-        checkpoint_policies.dots_with_no_batch_dims_saveable, _save_router
-    ),
-}
+from moe.routing.base import Context
 
 
 class Given(NamedTuple):
@@ -39,19 +32,23 @@ class Given(NamedTuple):
     """For every sublayer of the pattern the expert bias [R, E] with its own E; [R, 0] where nothing is routed."""
 
 
-def build(layout: Stacks, norm: Norm, key: jax.Array, *, width: int, init_std: float) -> Iterator[nnx.List]:
-    """For every stack its pattern of sublayers, each with the parameters of all repeats."""
+def build(
+    layout: Stacks, norm: Norm, key: jax.Array, *, width: int, init_std: float, norm_eps: float = 1e-6,
+    pieces: Sequence[int | None] = (),
+) -> Iterator[nnx.List]:  # fmt: skip
+    """For every stack its pattern of sublayers, each with the parameters of all repeats; `pieces` as in `param.stack`
+    for the first stacks, None for the rest."""
     total, first, start = sum(1 for _ in in_order(layout)), first_block(layout), 0
     keys = jax.random.split(key, total)
-    for stack in layout:
+    for stack, cut in itertools.zip_longest(layout, pieces):
         end, pattern = start + len(stack.layers) * stack.repeats, []
         for place, config in enumerate(stack.layers, start):
             form = form_of(norm, config, place < first)
 
             def make(key: jax.Array, config: SublayerConfig = config, form: Form = form) -> Residual:
-                return Residual(config, form, key, width=width, depth=total / 2, init_std=init_std)
+                return Residual(config, form, key, width=width, depth=total / 2, init_std=init_std, norm_eps=norm_eps)
 
-            pattern.append(param.stack(make, keys[place : end : len(stack.layers)]))
+            pattern.append(param.stack(make, keys[place : end : len(stack.layers)], cut))
         yield nnx.List(pattern)
         start = end
 
@@ -73,6 +70,16 @@ def run(
 ) -> tuple[jax.Array, tuple[Statistics, ...]]:
     """One stack: (x_BSD, statistics [R, B, ...] of every routed sublayer of its pattern)."""
     graph, state = _split(pattern)
+    return repeat(graph, state, x_BSD, context, given, remat)
+
+
+def repeat(
+    graph: Any, state: Any, x_BSD: jax.Array, context: Context, given: Given, remat: str, stages: int | None = None
+) -> tuple[jax.Array, tuple[Statistics, ...]]:
+    """`run` for some consecutive repeats of a stack, whose pattern is split into `graph` and their parameters.
+
+    `stages`: as many such runs go side by side.
+    """
 
     def body(x: jax.Array, scanned: Any) -> tuple[jax.Array, tuple[Statistics, ...]]:
         params, here = scanned
@@ -82,9 +89,7 @@ def run(
             found += [sums] if sums is not None else []
         return x, tuple(found)
 
-    if remat != "none":
-        body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(body, x_BSD, (state, given))
+    return jax.lax.scan(recomputed(body, remat, stages), x_BSD, (state, given))
 
 
 def run_cached(

@@ -21,7 +21,9 @@ import jax
 import optax
 
 from moe.config import ConfigError, at_least
+from moe.optim import tiled
 from moe.optim.schedule import ScheduleConfig, WarmupCosineConfig
+from moe.optim.tiled import Clip, Tiling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,10 @@ class AdamWConfig:
     """Largest global gradient norm."""
     lr_scale: tuple[tuple[str, float], ...] = ()
     """Pairs of a pattern searched in the parameter path and a factor on its learning rate; 0 freezes."""
+    tile: int = 0
+    """Update so many elements of a device's slice of a parameter at a time, 0: all. Changes memory, not numbers."""
+    offload: bool = False
+    """Keep the moments in the host's memory and bring them to the device tile by tile."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         for field in ("learning_rate", "eps", "clip_norm"):
@@ -51,7 +57,9 @@ class AdamWConfig:
         for field in ("beta1", "beta2"):
             if not 0 <= getattr(self, field) < 1:
                 yield field, "must be at least 0 and less than 1"
-        yield from at_least(self, weight_decay=0)
+        yield from at_least(self, weight_decay=0, tile=0)
+        if self.offload and not self.tile:
+            yield "tile", "must be at least 1 with offload, say 1000000: whole parameters would fill the device again"
         for pattern, scale in self.lr_scale:
             if scale < 0:
                 yield "lr_scale", f"the factor of {pattern!r} must be at least 0"
@@ -63,21 +71,45 @@ class AdamWConfig:
     def build(self, params: Any, decay: Any, steps: int) -> optax.GradientTransformation:
         """The transformation for `params` (may be abstract); `decay` is a tree of bools: which of them decay."""
         scales = path_scales(params, self.lr_scale)
-
-        def freeze(grads: Any, _: Any = None) -> Any:
-            return jax.tree.map(lambda g, s: g if s else jax.numpy.zeros_like(g), grads, scales)
-
-        def rescale(updates: Any, _: Any = None) -> Any:
-            return jax.tree.map(lambda u, s: u * s, updates, scales)
-
         return optax.chain(
-            optax.stateless(freeze),
+            optax.stateless(lambda grads, _: _frozen(grads, scales)),
             optax.clip_by_global_norm(self.clip_norm),
+            *self._each(decay, scales, steps),
+        )
+
+    def _each(self, decay: Any, scales: Any, steps: int) -> tuple[optax.GradientTransformation, ...]:
+        """What works element by element."""
+        return (
             optax.scale_by_adam(self.beta1, self.beta2, self.eps),
             optax.add_decayed_weights(self.weight_decay, decay),
             optax.scale_by_learning_rate(self.schedule.build(self.learning_rate, steps)),
-            optax.stateless(rescale),
+            optax.stateless(lambda updates, _: jax.tree.map(lambda u, s: u * s, updates, scales)),
         )
+
+    @property
+    def in_tiles(self) -> bool:
+        """Whether `update_tiles` does the update."""
+        return self.tile > 0 or self.offload
+
+    def update_tiles(
+        self, grads: Any, state: Any, params: Any, keep: jax.Array, *, decay: Any, steps: int, specs: Any
+    ) -> tuple[Any, Any]:
+        """(parameters, state) after the update that `build` makes; as they were where `keep` is False.
+
+        `specs`: the parameters' PartitionSpecs. See `moe.optim.tiled`.
+        """
+        scales = path_scales(params, self.lr_scale)
+        each = jax.tree.map(lambda decays, scale: optax.chain(*self._each(decays, scale, steps)), decay, scales)
+        grads = _frozen(grads, scales)
+        clip = Clip(optax.tree.norm(grads), self.clip_norm)
+        first, rest = state[:2], state[2:]
+        params, rest = tiled.update(each, clip, grads, rest, params, keep, specs, Tiling(self.tile, self.offload))
+        return params, (*first, *rest)
+
+
+def _frozen(grads: Any, scales: Any) -> Any:
+    """Zeros where the learning rate is multiplied by 0."""
+    return jax.tree.map(lambda g, s: g if s else jax.numpy.zeros_like(g), grads, scales)
 
 
 def path_scales(params: Any, lr_scale: tuple[tuple[str, float], ...]) -> Any:

@@ -39,6 +39,8 @@ def train_flops_per_token(config: DecoderConfig, seq_len: int) -> int:
 
         D N H + 2 D M H + N H D      attention: projections
         + N H S                      scores and mixing, of which a causal mask leaves half
+        D Q + Q N (H + R) + D (C + R) + C N (H + U) + N U D + N (H + R + U) S / 2
+                                     the same of latent attention (letters of `moe.layers.latent_attention`)
         3 D hidden                   dense MLP
         3 D (K F + shared_hidden)    the experts a token selects, and the shared one
 

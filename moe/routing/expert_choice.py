@@ -65,7 +65,7 @@ class ExpertChoiceConfig(LinearScoresConfig):
         probs_BSE = jnp.where(mask_BS[..., None], jnp.exp(logits_BSE - log_z_BS[..., None]), 0.0)
         score_BES = jax.lax.stop_gradient(probs_BSE).swapaxes(1, 2)
         select_BES = jnp.where(mask_BS[:, None], score_BES, -jnp.inf)
-        best_BEc, token_BEc = highest(select_BES, min(C + 1, S))
+        best_BEc, token_BEc = highest(select_BES, min(C + 1, S), ("batch",))
         token_BEC = checkpoint_name(token_BEc[..., :C], SAVED_NAME)
 
         worst_in_BE1 = best_BEc[..., C - 1 : C]

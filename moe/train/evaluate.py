@@ -23,7 +23,7 @@ from moe import axes
 from moe.balance import load
 from moe.data import Corpus
 from moe.models import Decoder
-from moe.train.loss import Arrays, bias_of, forward, real_targets, token_losses
+from moe.train.loss import Arrays, bias_of, forward, nats, real_targets
 from moe.train.place import place
 from moe.train.run import RunConfig
 from moe.train.state import TrainState
@@ -73,22 +73,22 @@ class Evaluator:
 
     def __init__(self, config: RunConfig, model: Decoder, corpus: Corpus, mesh: Mesh, *, keep_choices: bool = False):
         self._config, self._corpus = config, corpus
-        self._sharding = axes.sharding(mesh, ("batch", "position"))
+        self._sharding = axes.sharding(mesh, ("batch", None))
 
         def measure(
             params: Any, bias_LE: jax.Array, arrays: Arrays, step: jax.Array, first_sequence: jax.Array
         ) -> Measured:
-            logits, stats, _ = forward(
+            hidden_BSD, stats, _ = forward(
                 model, params, arrays, bias_LE, step=step, key=jax.random.key(0), first_sequence=first_sequence,
                 train=False, keep_choices=keep_choices,
             )  # fmt: skip
             real_BS = real_targets(arrays["segment_ids"])
-            nats = jnp.where(real_BS, token_losses(logits, arrays["tokens"][:, 1:]), 0.0).sum()
+            found = nats(model, params, hidden_BSD, arrays["tokens"][:, 1:], real_BS)
             if stats is None:
                 none = jnp.zeros((0, 1), jnp.int32)
-                return Measured(nats, real_BS.sum(), none[:, 0], none, jnp.zeros((0,)), None, None, first_sequence)
+                return Measured(found, real_BS.sum(), none[:, 0], none, jnp.zeros((0,)), None, None, first_sequence)
             return Measured(
-                nats, real_BS.sum(), stats.tokens_B.sum(axis=1), stats.count_BE.sum(axis=1),
+                found, real_BS.sum(), stats.tokens_B.sum(axis=1), stats.count_BE.sum(axis=1),
                 stats.chosen_prob_B.sum(axis=1), stats.expert_BR, stats.token_BR, first_sequence,
             )  # fmt: skip
 

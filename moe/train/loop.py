@@ -17,6 +17,7 @@ import jax
 from moe import axes
 from moe.config import ConfigError, check
 from moe.data import Corpus, TrainLoader, prepare
+from moe.plan.device_order import in_mesh_order
 from moe.train.checkpoint import Checkpoints, latest_step
 from moe.train.evaluate import Evaluator, mean_bits_per_byte
 from moe.train.load import check_fits, load_config, load_params
@@ -26,7 +27,8 @@ from moe.train.progress import Progress
 from moe.train.record import Pending, Recorder, Trace, describe_balance
 from moe.train.run import RunConfig
 from moe.train.state import TrainState, create_state, init_state, make_optimizer, state_shardings
-from moe.train.step import BATCH_LOGICAL, jit_step
+from moe.train.step import BATCH_LOGICAL
+from moe.train.steps import Steps
 from moe.train.workdir import check_workdir, open_workdir
 
 log = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ class _Session:
         self.tx = make_optimizer(config, self.model)
         if config.init_from is not None:
             check_fits(Path(config.init_from), config)
-        self.mesh = axes.make_mesh(config.mesh)
+        self.mesh = axes.make_mesh(config.mesh, in_mesh_order(config.mesh, jax.devices()))
         self.batch_sharding = axes.sharding(self.mesh, BATCH_LOGICAL)
         self.corpus: Corpus = prepare(config.data)
         with jax.set_mesh(self.mesh):
@@ -65,7 +67,7 @@ class _Session:
             shape = (config.accumulation, config.microbatch_size, config.data.seq_len + 1)
             self._check_batch(shape)
             self.rows = local_rows(self.batch_sharding, shape, 1)
-            self.step = jit_step(config, self.model, self.tx, self.mesh, self.shardings)
+            self.step = Steps(config, self.model, self.tx, self.mesh, self.shardings)
             self.evaluator = Evaluator(config, self.model, self.corpus, self.mesh)
         if jax.process_index() == 0:
             balance = describe_balance(config)
@@ -89,6 +91,7 @@ class _Session:
         if found is not None:
             make = lambda: init_state(self.config, self.tx, jax.random.key(0))  # noqa: E731
             state, data = self.checkpoints.restore(found, make, self.shardings)
+            self.step.set_state(data)
             self.loader.set_state(data)
             return state
         state = create_state(self.config, self.tx, self.shardings)
@@ -103,19 +106,23 @@ class _Session:
         return place(next(self.loader), self.batch_sharding, self.rows, 1, self.config.microbatch_size)
 
     def save(self, step: int, state: TrainState, bits_per_byte: float | None) -> None:
-        self.checkpoints.save(step, state, self.loader.get_state(), bits_per_byte)
+        self.checkpoints.save(step, state, self.loader.get_state() | self.step.get_state(), bits_per_byte)
 
     def close(self) -> None:
         self.checkpoints.close()
         self.loader.close()
 
     def _check_batch(self, shape: tuple[int, ...]) -> None:
-        cuts = self.batch_sharding.num_devices // self.mesh.shape[axes.TENSOR]
+        cuts = axes.size(self.mesh, axes.BATCH)
         if shape[1] % cuts:
             raise ConfigError(
                 f"batch_size = {self.config.batch_size}: a micro-batch of {shape[1]} sequences must be divisible by the"
-                f" {cuts} devices of data * fsdp * expert"
+                f" {cuts} pieces of data * fsdp"
             )
+        model = self.config.model
+        if model.pipeline is not None:  # as the config's own check, with `data` known
+            for field, limit in model.pipeline.mesh_problems(model.trunk, self.config.mesh.stages, shape[1], cuts):
+                raise ConfigError(f"model.{field}: {limit}")
 
 
 def train(
@@ -151,10 +158,10 @@ def _run(
         begin = time.perf_counter()
         arrays = session.batch()
         waited = time.perf_counter() - begin
-        state, metrics = session.step(state, arrays)
         step += 1
+        state, metrics = session.step(step, state, arrays)
         if pending is not None:
-            recorder.write(recorder.read(pending))
+            recorder.write(session.step.observe(recorder.read(pending)))
         pending = Pending(step, metrics, waited)
         trace.after(step, state.step)
         last, stopping = step == config.steps, should_stop()
@@ -162,7 +169,7 @@ def _run(
         saves = last or stopping or step % config.checkpoint.every == 0
         if not (evaluates or saves):
             continue
-        values, pending, bits_per_byte = recorder.read(pending), None, None
+        values, pending, bits_per_byte = session.step.observe(recorder.read(pending)), None, None
         if evaluates:
             results = session.evaluator(state, config.evaluate.max_bytes)
             bits_per_byte = mean_bits_per_byte(results)

@@ -27,11 +27,9 @@ def real_targets(segment_ids: jax.Array) -> jax.Array:
     return (segment_ids[..., 1:] == segment_ids[..., :-1]) & (segment_ids[..., 1:] > 0)
 
 
-def token_losses(logits_BSV: jax.Array, target_BS: jax.Array) -> jax.Array:
-    """float32 [B, S] nats: -log softmax(logits)[target]."""
-    logits = logits_BSV.astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, target_BS[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+def nats(model: Decoder, params: Any, hidden_BSD: jax.Array, target_BS: jax.Array, real_BS: jax.Array) -> jax.Array:
+    """float32 scalar: -log softmax(logits)[target] of hidden vectors from `forward`, summed where `real_BS`."""
+    return param.bind(model, params).nats(hidden_BSD, target_BS, real_BS)
 
 
 def forward(
@@ -84,11 +82,11 @@ def share_of_loss(
     )
     stats = found.statistics
     with jax.named_scope("loss"):
-        nll_BS = token_losses(found.logits_BSV, arrays["tokens"][:, 1:])
-        lm = jnp.where(real_targets(arrays["segment_ids"]), nll_BS, 0.0).sum() / num_targets
+        real_BS = real_targets(arrays["segment_ids"])
+        lm = nats(model, params, found.hidden_BSD, arrays["tokens"][:, 1:], real_BS) / num_targets
         total, later = lm, None
         if (ahead := model.config.ahead) is not None:
-            later = loss_ahead(found.later, arrays) / num_targets
+            later = loss_ahead(model, params, found.later, arrays) / num_targets
             total = lm + ahead.coefficient * later
     with jax.named_scope("balance"):
         terms, records, next_carries = {}, {}, {}
@@ -107,12 +105,12 @@ def share_of_loss(
     return total, (next_carries, Share(lm, later, terms, records, kept))
 
 
-def loss_ahead(later: Sequence[jax.Array], arrays: Arrays) -> jax.Array:
+def loss_ahead(model: Decoder, params: Any, later: Sequence[jax.Array], arrays: Arrays) -> jax.Array:
     """Nats of the tokens further ahead, summed over positions that have them, mean over the blocks; see `ahead`."""
     total = jnp.zeros(())
-    for offset, logits_BSV in enumerate(later, 1):
-        nll_BS = token_losses(logits_BSV, targets_ahead(arrays["tokens"], offset))
-        total = total + jnp.where(real_targets_ahead(arrays["segment_ids"], offset), nll_BS, 0.0).sum()
+    for offset, hidden_BSD in enumerate(later, 1):
+        real_BS = real_targets_ahead(arrays["segment_ids"], offset)
+        total = total + nats(model, params, hidden_BSD, targets_ahead(arrays["tokens"], offset), real_BS)
     return total / len(later)
 
 

@@ -8,9 +8,11 @@ from moe.axes import MeshConfig
 from moe.balance import BalanceRule, LoadBalanceConfig, asked
 from moe.config import at_least, walk
 from moe.data import DataConfig
+from moe.kernels.attend import AttendConfig
 from moe.models import DecoderConfig
 from moe.optim import AdamWConfig
 from moe.routing.base import RouterConfig
+from moe.train.ladder import LadderConfig, at_capacity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,8 @@ class RunConfig:
     evaluate: EvaluateConfig = EvaluateConfig()
     profile: tuple[int, int] | None = None
     """First and last step of a trace written to WORKDIR/profile (open it with TensorBoard or xprof)."""
+    ladder: LadderConfig | None = None
+    """Sizes that the experts' buffers may take, chosen by the load as training goes; None: as the layers say."""
     init_from: str | None = None
     """Workdir of another run whose parameters this one starts from; step, optimizer and data start anew."""
     max_skipped: int = 10
@@ -84,6 +88,8 @@ class RunConfig:
             )
         for field, limit in self.optim.schedule.run_problems(self.steps):
             yield f"optim.schedule.{field}", limit
+        if self.ladder is not None and at_capacity(self.model, 1.0) == at_capacity(self.model, 2.0):
+            yield "ladder", "sizes nothing: no layer's dispatch has a capacity, and no exchange a budget"
         yield from self._mesh_problems()
         yield from self._balance_problems()
 
@@ -128,18 +134,36 @@ class RunConfig:
 
     def _mesh_problems(self) -> Iterator[tuple[str, str]]:
         mesh, model = self.mesh, self.model
-        cuts = (mesh.data if mesh.data > 0 else 1) * mesh.fsdp * mesh.expert
+        cuts = (mesh.data if mesh.data > 0 else 1) * mesh.fsdp
         if self.microbatch_size % cuts:
             yield (
                 "batch_size",
-                f"a micro-batch of {self.microbatch_size} sequences must be divisible by data * fsdp * expert = {cuts}",
+                f"a micro-batch of {self.microbatch_size} sequences must be divisible by data * fsdp = {cuts}",
             )
-        divisible = [("width", model.width, "fsdp"), ("vocab_size", model.vocab_size, "tensor")]
+        divisible = [("width", model.width, "fsdp"), ("width", model.width, "context")]
+        divisible += [("vocab_size", model.vocab_size, "tensor")]
         for prefix, sublayer in model.sublayers:
             divisible += [(prefix + field, size, axis) for field, size, axis in sublayer.divisible()]
         for path, size, axis in divisible:
             if size % (cut := getattr(mesh, axis)):
                 yield f"model.{path}", f"must be divisible by mesh.{axis} = {cut}"
+        if model.pipeline is not None:
+            for field, limit in model.pipeline.mesh_problems(model.trunk, mesh.stages, self.microbatch_size, cuts):
+                yield f"model.{field}", limit
+        elif mesh.stages > 1:
+            yield "mesh.stages", "must be 1 without model.pipeline, which says how the batch passes through the stages"
+        if model.width % (cut := mesh.fsdp * mesh.context):
+            yield "model.width", f"must be divisible by fsdp * context = {cut}, which cut the parameters"
+        yield from self._length_problems()
+
+    def _length_problems(self) -> Iterator[tuple[str, str]]:
+        S, mesh = self.data.seq_len, self.mesh
+        if S % (cut := mesh.context * mesh.tensor):
+            yield "data.seq_len", f"must be divisible by context * tensor = {cut}, which cut the residual stream"
+        for where, part in walk(self.model, "model."):
+            if isinstance(part, AttendConfig):
+                for field, limit in part.length_problems(S, mesh.context):
+                    yield f"{where}{field}", limit
 
     @property
     def evaluates_before_saving(self) -> bool:

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moe import param
+from moe import axes, param
 from moe.config import ConfigError
 from moe.models import Decoder
+from moe.models.remat import HOST
+from moe.train.memory import check_memory_kinds
 from moe.train.run import RunConfig
 
 
@@ -36,8 +38,12 @@ class TrainState:
 
 def make_optimizer(config: RunConfig, model: Decoder) -> optax.GradientTransformation:
     """The optimizer for the model's parameters (abstract values will do)."""
-    decay = jax.tree.map(lambda part: len(part) > 1, param.logical_axes(model), is_leaf=lambda x: isinstance(x, tuple))
-    return config.optim.build(param.pure(model), decay, config.steps)
+    return config.optim.build(param.pure(model), decays(model), config.steps)
+
+
+def decays(model: Decoder) -> Any:
+    """For every parameter whether it decays: those with at least two logical dimensions."""
+    return jax.tree.map(lambda part: len(part) > 1, param.logical_axes(model), is_leaf=lambda x: isinstance(x, tuple))
 
 
 def init_state(config: RunConfig, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
@@ -58,14 +64,19 @@ def init_state(config: RunConfig, tx: optax.GradientTransformation, key: jax.Arr
 
 
 def state_shardings(config: RunConfig, model: Decoder, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """A NamedSharding for every leaf: parameters and their moments by the table, the rest replicated."""
+    """A NamedSharding for every leaf: parameters and their moments by the table, the rest replicated.
+
+    Moments that the config offloads are of the memory kind `pinned_host`; ConfigError if the devices have none.
+    """
     abstract = jax.eval_shape(lambda: init_state(config, tx, jax.random.key(0)))
     params = param.shardings(model, mesh)
     _check_divisible(abstract.params, params)
     replicated = NamedSharding(mesh, PartitionSpec())
     everything = jax.tree.map(lambda _: replicated, abstract)
+    check_memory_kinds(config, mesh)
+    moments = jax.tree.map(lambda s: s.with_memory_kind(HOST), params) if config.optim.offload else params
     opt_state = optax.tree_utils.tree_map_params(
-        tx, lambda _, spec: spec, abstract.opt_state, params, transform_non_params=lambda _: replicated
+        tx, lambda _, spec: spec, abstract.opt_state, moments, transform_non_params=lambda _: replicated
     )
     return dataclasses.replace(everything, params=params, opt_state=opt_state)
 
@@ -81,9 +92,10 @@ def _check_divisible(params: Any, shardings: Any) -> None:
             sharding.shard_shape(leaf.shape)
         except ValueError:
             name = ".".join(str(getattr(key, "key", key)) for key in path)
-            sizes = dict(sharding.mesh.shape)
+            pieces = tuple(1 if part is None else axes.size(sharding.mesh, part) for part in sharding.spec)
             raise ConfigError(
-                f"mesh = {sizes}: cannot cut parameter {name} of shape {leaf.shape} by {sharding.spec}"
+                f"mesh = {axes.used(sharding.mesh)}: cannot cut parameter {name} of shape {leaf.shape} into {pieces}"
+                " pieces"
             ) from None
 
     jax.tree_util.tree_map_with_path(one, params, shardings)

@@ -18,15 +18,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from moe import axes
+from moe import axes, param
 from moe.balance import Batch, Statistics, asked, idle_steps
 from moe.models import Decoder
 from moe.train.loss import Arrays, Share, bias_of, forward, real_targets, share_of_loss
 from moe.train.run import RunConfig
-from moe.train.state import TrainState
+from moe.train.state import TrainState, decays
 from moe.train.step_metrics import Metrics, step_metrics
 
-BATCH_LOGICAL = ("accumulation", "batch", "position")
+BATCH_LOGICAL = ("accumulation", "batch", None)
 
 
 def make_step(
@@ -39,13 +39,10 @@ def make_step(
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         with jax.named_scope("optimizer"):
-            updates, opt_state = tx.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            params, opt_state = optimized(config, model, tx, state, grads, finite)
         balance = {rule.name: rule.update(state.balance[rule.name], _need(share.statistics)) for rule in config.balance}
         idle_LE = None if state.idle_LE is None else idle_steps(state.idle_LE, _need(share.statistics))
-        moved = (params, opt_state, balance, idle_LE)
-        kept = (state.params, state.opt_state, state.balance, state.idle_LE)
-        params, opt_state, balance, idle_LE = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept)
+        balance, idle_LE = _if(finite, (balance, idle_LE), (state.balance, state.idle_LE))
         state = dataclasses.replace(
             state,
             params=params,
@@ -59,6 +56,25 @@ def make_step(
         return state, step_metrics(config, state, loss, grad_norm, share)
 
     return step
+
+
+def optimized(
+    config: RunConfig, model: Decoder, tx: optax.GradientTransformation, state: TrainState, grads: Any,
+    finite: jax.Array,
+) -> tuple[Any, Any]:  # fmt: skip
+    """(parameters, optimizer state) after the update; as they were where `finite` is False."""
+    if config.optim.in_tiles:
+        return config.optim.update_tiles(
+            grads, state.opt_state, state.params, finite,
+            decay=decays(model), steps=config.steps, specs=param.specs(model),
+        )  # fmt: skip
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    moved = optax.apply_updates(state.params, updates), opt_state
+    return _if(finite, moved, (state.params, state.opt_state))
+
+
+def _if(condition: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
 def jit_step(

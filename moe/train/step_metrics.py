@@ -14,6 +14,8 @@ from moe.train.run import RunConfig
 from moe.train.state import TrainState
 
 Metrics = dict[str, jax.Array]
+NEED = "dispatch/need"
+"""[L] multiple of the balanced load that every buffer of a layer would have to hold for nothing to be dropped."""
 
 
 def step_metrics(config: RunConfig, state: TrainState, loss: jax.Array, grad_norm: jax.Array, share: Share) -> Metrics:
@@ -21,6 +23,7 @@ def step_metrics(config: RunConfig, state: TrainState, loss: jax.Array, grad_nor
 
     `load/tokens` = real tokens in the batch. `load/idle_max` [L] = updates since the expert that has waited longest
     last received a token; `load/idle_mean` [L] = mean over the experts that got none in this batch, 0 if all got some.
+    `dispatch/need` [L], where buffers have a size: the capacity that would have dropped nothing; `moe.dispatch.need`.
     Per rule: `balance/NAME` [L] before and `loss/NAME` after its coefficient `weight/NAME`; `balance/NAME/range` [L] =
     largest minus smallest bias of the layer's experts; and what the rule reports of itself.
     """
@@ -40,6 +43,8 @@ def step_metrics(config: RunConfig, state: TrainState, loss: jax.Array, grad_nor
         return metrics
     metrics |= summary(stats) | _idle(state.idle_LE)
     metrics["load/tokens"] = stats.tokens_B[:, 0].sum()
+    if stats.need_B is not None:
+        metrics[NEED] = stats.need_B.max(axis=(0, 2))
     for rule in config.balance:
         if rule.name in share.terms:
             value_L = share.terms[rule.name].sum(axis=0)

@@ -4,12 +4,15 @@ Guards against: wrong gradients with empty experts (tokamax #887, marin #7484), 
 token (DeepSpeed #5066).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe.kernels.grouped import block_rows, make_blocks, permute
+from moe.kernels import grouped as kernels
+from moe.kernels.grouped import block_rows, layout, make_blocks, make_sorted, order_by, permute, resolved
 
 E = 4
 CASES = {
@@ -46,17 +49,61 @@ def test_every_real_assignment_sits_once_in_a_block_of_its_expert(experts: list[
         assert slots == sorted(slots)
 
 
-def grouped(x_RD: jax.Array, w_EDF: jax.Array, experts: jax.Array, rows: int) -> jax.Array:
-    """The product through blocks, back in the order of the assignments."""
-    blocks = make_blocks(experts, w_EDF.shape[0], rows)
-    flat = blocks.assignment_Nb.reshape(-1)
-    x = permute(x_RD, flat, blocks.slot_R).reshape(*blocks.assignment_Nb.shape, -1)
-    y = jnp.einsum("nbd,ndf->nbf", x, w_EDF[blocks.expert_N]).reshape(flat.shape[0], -1)
-    return permute(y, blocks.slot_R, flat)
-
-
 @each_case
-def test_the_product_and_its_gradients_equal_a_loop_over_rows(experts: list[int]) -> None:
+def test_sorted_rows_hold_every_real_assignment_once_in_order_and_void_ones_nowhere(experts: list[int]) -> None:
+    slots = make_sorted(jnp.array(experts, jnp.int32), E, len(experts))
+    real = sorted((e, r) for r, e in enumerate(experts) if e < E)
+    R = len(experts)
+    np.testing.assert_array_equal(slots.assignment_N, [r for _, r in real] + [R] * (R - len(real)))
+    np.testing.assert_array_equal(slots.size_E, np.bincount(experts, minlength=E)[:E])
+    np.testing.assert_array_equal(slots.slot_R, [real.index((e, r)) if e < E else R for r, e in enumerate(experts)])
+
+
+@pytest.mark.parametrize("kernel", ["blocks", "ragged"])
+def test_a_bound_on_real_assignments_saves_slots_and_changes_nothing(kernel: Any) -> None:
+    experts = np.full(64, E, np.int32)
+    experts[[3, 8, 9, 40, 63]] = [2, 0, 2, 3, 0]
+    x = jnp.arange(64.0)[:, None]
+    w = jnp.arange(1.0, E + 1)[:, None, None]
+    whole, bound = (grouped(x, w, jnp.asarray(experts), kernel, limit) for limit in (64, 5))
+    np.testing.assert_array_equal(bound, whole)
+    np.testing.assert_array_equal(bound[:, 0], np.where(experts < E, np.arange(64) * (experts + 1.0), 0))
+    sizes = [layout(jnp.asarray(experts), E, limit, kernel).assignment_N.size for limit in (64, 5)]
+    assert sizes == {"blocks": [(64 // 8 + E) * 8, E * 8], "ragged": [64, 5]}[kernel]
+
+
+def test_members_are_sorted_by_key_and_in_order_within_one() -> None:
+    rng = np.random.default_rng(0)
+    for R, keys in ((1, 1), (37, 5), (64, 3)):
+        key = rng.integers(0, keys + 2, R)
+        np.testing.assert_array_equal(
+            order_by(jnp.asarray(key), keys), np.argsort(np.minimum(key, keys), kind="stable")
+        )
+    np.testing.assert_array_equal(order_by(jnp.array([2**29, 7, 2**29 - 1, 7]), 2**29), [1, 3, 2, 0])  # too many keys
+
+
+def test_ragged_products_are_for_tpus_and_blocks_for_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (resolved("auto"), resolved("ragged"), resolved("blocks")) == ("blocks", "ragged", "blocks")
+    for platform, kernel in (("tpu", "ragged"), ("cuda", "blocks")):
+        monkeypatch.setattr(kernels, "platform", lambda: platform)  # noqa: B023
+        assert resolved("auto") == kernel
+
+
+def test_the_platform_is_that_of_the_mesh_in_use() -> None:
+    with jax.set_mesh(jax.make_mesh((8,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))):
+        assert kernels.platform() == "cpu"
+
+
+def grouped(x_RD: jax.Array, w_EDF: jax.Array, experts: jax.Array, kernel: Any, bound: int | None = None) -> jax.Array:
+    """The product through slots, back in the order of the assignments."""
+    slots = layout(experts, w_EDF.shape[0], bound or experts.shape[0], kernel)
+    y = slots.dot(permute(x_RD, slots.assignment_N, slots.slot_R), w_EDF)
+    return permute(y, slots.slot_R, slots.assignment_N)
+
+
+@pytest.mark.parametrize("kernel", ["blocks", "ragged"])
+@each_case
+def test_the_product_and_its_gradients_equal_a_loop_over_rows(experts: list[int], kernel: Any) -> None:
     rng = np.random.default_rng(0)
     R = len(experts)
     x, w = rng.normal(size=(R, 5)).astype(np.float32), rng.normal(size=(E, 5, 3)).astype(np.float32)
@@ -64,7 +111,7 @@ def test_the_product_and_its_gradients_equal_a_loop_over_rows(experts: list[int]
     ids = jnp.array(experts, jnp.int32)
 
     def value(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y = grouped(x, w, ids, block_rows(R, E))
+        y = grouped(x, w, ids, kernel)
         return (y * c).sum(), y
 
     (_, y), (gx, gw) = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))(x, w)
@@ -89,7 +136,7 @@ def test_random_sizes_equal_ragged_dot(seed: int) -> None:
     x, w = rng.normal(size=(R, 8)).astype(np.float32), rng.normal(size=(experts, 8, 7)).astype(np.float32)
     expected = jax.lax.ragged_dot(jnp.asarray(x), jnp.asarray(w), jnp.bincount(jnp.asarray(ids), length=experts))
     shuffle = rng.permutation(R)
-    found = grouped(jnp.asarray(x[shuffle]), jnp.asarray(w), jnp.asarray(ids[shuffle], jnp.int32), 8)
+    found = grouped(jnp.asarray(x[shuffle]), jnp.asarray(w), jnp.asarray(ids[shuffle], jnp.int32), "blocks")
     np.testing.assert_allclose(found, expected[shuffle], atol=1e-5)
 
 

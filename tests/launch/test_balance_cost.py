@@ -83,7 +83,6 @@ def test_an_exact_load_under_accumulation_costs_a_forward() -> None:
     """The comparison sees a cost where there is one."""
     exact = (LoadBalanceConfig(),)
     extra = more(2, exact)
-    assert any(sent.times % L == 0 for sent in extra)
     assert elements(extra) > 2 * 2 * L * E and compiled(2, exact)[1] > 1.05 * compiled(2, SEQUENCE)[1]
 
 

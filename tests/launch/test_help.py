@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from configs import debug, folder, quickstart, routers
+from configs import debug, folder, quickstart, reference, routers
 from launch.cli import load_functions, parse
 from moe import config as configs
 from moe.balance import (
@@ -30,7 +30,7 @@ from moe.data import (
     TfdsConfig,
     TokenizerConfig,
 )
-from moe.dispatch import CapacityConfig, DenseConfig, DispatchConfig
+from moe.dispatch import AllToAllConfig, CapacityConfig, DenseConfig, DispatchConfig, ExchangeConfig, RaggedConfig
 from moe.layers.attention import AttentionConfig
 from moe.layers.base import SublayerConfig
 from moe.layers.finedeep import FinedeepConfig
@@ -40,19 +40,26 @@ from moe.layers.moe import MoEConfig
 from moe.layers.parallel import ParallelConfig
 from moe.layers.peer import PEERConfig
 from moe.layers.product_key_memory import ProductKeyMemoryConfig
+from moe.layers.rope import RopeConfig
 from moe.models import DecoderConfig
 from moe.models.ahead import AheadConfig
 from moe.models.layout import StackConfig
+from moe.models.pipeline import PipelineConfig
 from moe.optim import ScheduleConfig, WarmupStableDecayConfig
 from moe.routing.base import RouterConfig
+from moe.train.ladder import LadderConfig
 from moe.train.run import RunConfig
 
 BASES = (
-    BalanceRule, DispatchConfig, RouterConfig, ScheduleConfig, SourceConfig, SublayerConfig, TokenizerConfig
+    BalanceRule, DispatchConfig, ExchangeConfig, RopeConfig, RouterConfig, ScheduleConfig, SourceConfig, SublayerConfig,
+    TokenizerConfig,
 )  # fmt: skip
 
 
-STRUCTURE = ("balance", "model.moe", "model.ahead", "model.stacks", "model.moe.router.tasks")
+STRUCTURE = (
+    "balance", "ladder", "model.moe", "model.ahead", "model.pipeline", "model.stacks", "model.moe.router.tasks",
+    "model.moe.exchange.budget",
+)  # fmt: skip
 """Leaves that are no options: None, () or tuples of tuples. Structure is chosen in Python."""
 
 
@@ -77,7 +84,13 @@ def alternatives() -> dict[str, RunConfig]:
         "quickstart": quickstart.get_config(),
         "debug": base,
         "folder": folder.get_config(),
+        "latent attention": reference.deepseek_v3(),
+        "gated shared expert": reference.qwen2_57b(),
         "capacity": with_moe(dispatch=CapacityConfig(capacity_factor=1.5, keep="score")),
+        "budget": with_moe(exchange=AllToAllConfig(budget=1.5)),
+        "ragged": with_moe(exchange=RaggedConfig()),
+        "ladder": dataclasses.replace(base, ladder=LadderConfig()),
+        "pipeline": dataclasses.replace(base, model=dataclasses.replace(base.model, pipeline=PipelineConfig())),
         "dense dispatch": with_moe(dispatch=DenseConfig()),
         "stable": dataclasses.replace(base, optim=stable, profile=(3, 5)),
         "files": with_data(FilesConfig(paths=("a.jsonl", "b.parquet")), HuggingFaceConfig(path="tokenizer.json")),

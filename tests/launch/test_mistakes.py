@@ -61,7 +61,7 @@ FLAGS = {
         ["model.moe.router.normalise = 'softmax'", "sigmoid"],
     ),
     "batch by accumulation": (["--batch-size", "7"], ["batch_size = 7", "accumulation = 2"]),
-    "batch by mesh": (["--mesh.fsdp", "3"], ["batch_size = 8", "data * fsdp * expert = 3"]),
+    "batch by mesh": (["--mesh.fsdp", "3"], ["batch_size = 8", "data * fsdp = 3"]),
     "experts by mesh": (
         ["--mesh.expert", "3", "--batch-size", "12"],
         ["model.moe.num_experts = 8", "mesh.expert = 3"],
@@ -69,7 +69,7 @@ FLAGS = {
     "width by mesh": (["--mesh.fsdp", "5", "--batch-size", "10"], ["model.width = 32", "mesh.fsdp = 5"]),
     "key-value heads by mesh": (["--mesh.tensor", "4"], ["model.attention.num_kv_heads = 2", "mesh.tensor = 4"]),
     "more mesh than devices": (
-        ["--mesh.expert", "8", "--mesh.tensor", "2", "--batch-size", "16"],
+        ["--mesh.fsdp", "8", "--mesh.tensor", "2", "--batch-size", "16"],
         ["mesh = (", "devices"],
     ),
     "heads": (["--model.attention.num-kv-heads", "3"], ["model.attention.num_kv_heads = 3", "num_heads = 4"]),

@@ -33,7 +33,7 @@ def test_eight_devices_and_one_give_the_same_loss_curve_over_50_steps(text: Path
     flags = ("--steps", "50", "--checkpoint.every", "50", "--checkpoint.keep-best", "0", "--evaluate.every", "50")
     flags += ("--optim.learning-rate", "1e-3")
     run(text, tmp_path / "one", *flags, devices=1)
-    layout = ("--mesh.fsdp", "2", "--mesh.expert", "2", "--mesh.tensor", "2")
+    layout = ("--mesh.fsdp", "4", "--mesh.expert", "2", "--mesh.tensor", "2")
     run(text, tmp_path / "eight", *flags, *layout, devices=8)
     one, eight = (np.array([r["loss"] for r in reproducible(tmp_path / name)]) for name in ("one", "eight"))
     assert len(one) == len(eight) == 50 and one[-1] < one[0] - 0.5

@@ -16,7 +16,7 @@ from moe.routing.base import Context
 from tests.routing.contexts import context_for
 
 NO_BIAS = jnp.zeros((0,))
-B, S, D = 8, 6, 16
+B, S, D = 8, 8, 16
 
 
 def inputs(seed: int = 0, dtype: Any = jnp.float32) -> jax.Array:
@@ -58,9 +58,9 @@ def check_contract(config: SublayerConfig) -> None:
     (_, y), gradients = jax.jit(lambda *a: value_and_gradient(module, *a))(params, inputs(), context)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
         assert float(jnp.abs(leaf).max()) > 0, f"no gradient for {jax.tree_util.keystr(path)}"
-    mesh = axes.make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+    mesh = axes.make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2, expert=2, expert_tensor=2))
     placed = jax.device_put(params, param.shardings(module, mesh))
-    batch = axes.sharding(mesh, ("batch", "position", None))
+    batch = axes.sharding(mesh, ("batch", "stream", None))
     with jax.set_mesh(mesh):
         over = jax.jit(lambda *a: value_and_gradient(module, *a))
         (_, found), found_gradients = over(placed, jax.device_put(inputs(), batch), context)

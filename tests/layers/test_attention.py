@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe import param
+from moe import axes, param
 from moe.config import ConfigError, check
-from moe.layers.attention import Attention, AttentionConfig, rotate
+from moe.layers.attention import Attention, AttentionConfig
+from moe.layers.rope import RopeConfig, YarnConfig
 from moe.routing.base import Context
+from tests.layers.sublayers import build, check_contract, cuts
 
 B, S, D = 2, 9, 12
 CONFIG = AttentionConfig(num_heads=4, num_kv_heads=2, head_width=6, rope_theta=100.0)
@@ -112,28 +114,61 @@ def test_padding_is_finite_in_value_and_gradient() -> None:
     assert bool(jnp.isfinite(run(module, x, segment=empty)).all() and jnp.isfinite(grad).all())
 
 
-def test_rotary_scores_depend_on_the_difference_of_positions_only() -> None:
-    x = jnp.asarray(inputs(1, (1, 2, 3, 8)))  # a query and a key, three heads
+def test_norms_over_whole_queries_and_keys_see_all_heads_at_once() -> None:
+    """By numpy: rms over N H and M H dimensions, a gain for each of them; values are left alone."""
+    x = inputs()
+    module = attention(dataclasses.replace(CONFIG, head_norm="qk_whole", norm_eps=1e-2))
+    params = param.pure(module)
+    assert {name for name in params if name.endswith("_norm")} == {"query_norm", "key_norm"}
+    gain = {"query": np.linspace(0.5, 2.0, 24), "key": np.linspace(0.5, 2.0, 12)}
+    scales = {f"{name}_norm": {"scale": jnp.asarray(g, jnp.float32)} for name, g in gain.items()}
+    found = param.bind(module, params | scales)._project(jnp.asarray(x), jnp.zeros((B, S), jnp.int32))
+    for part, name in zip(found, ("query", "key", "value"), strict=True):
+        raw = np.einsum("bsd,dnh->bsnh", x, params[f"w_{name}"])
+        if name != "value":
+            flat = raw.reshape(B, S, -1)
+            raw = (flat / np.sqrt((flat**2).mean(-1, keepdims=True) + 1e-2) * gain[name]).reshape(raw.shape)
+        np.testing.assert_allclose(part, raw, rtol=1e-4, atol=1e-5)
 
-    def scores(query_position: int, key_position: int) -> np.ndarray:
-        y = rotate(x, jnp.array([[query_position, key_position]]), 10_000.0)
-        return np.asarray(jnp.einsum("nh,nh->n", y[0, 0], y[0, 1]))
 
-    for difference in (0, 1, 5):
-        for shift in (1, 17, 100):
-            expected = scores(difference, 0)
-            np.testing.assert_allclose(scores(difference + shift, shift), expected, rtol=1e-4, atol=1e-4)
-    assert not np.allclose(scores(1, 0), scores(5, 0), rtol=1e-2)
-    assert not np.allclose(scores(1, 0), scores(0, 1), rtol=1e-2)  # the direction counts
+def test_biases_are_added_to_queries_keys_and_values_and_start_at_zero() -> None:
+    x = inputs()
+    plain, module = attention(), attention(dataclasses.replace(CONFIG, qkv_bias=True))
+    np.testing.assert_array_equal(run(module, x), run(plain, x))
+    params = param.pure(module)
+    bias = {f"b_{name}": jnp.arange(float(n * 6)).reshape(-1) for name, n in (("query", 4), ("key", 2), ("value", 2))}
+    assert {name: leaf.shape for name, leaf in bias.items()} == {
+        name: leaf.shape for name, leaf in params.items() if name.startswith("b_")
+    }
+    found = param.bind(module, params | bias)._project(jnp.asarray(x), jnp.zeros((B, S), jnp.int32))
+    for part, name in zip(found, ("query", "key", "value"), strict=True):
+        raw = np.einsum("bsd,dnh->bsnh", x, params[f"w_{name}"]) + np.reshape(bias[f"b_{name}"], (-1, 6))
+        np.testing.assert_allclose(part, raw, rtol=1e-4, atol=1e-5)
 
 
-def test_rotary_keeps_lengths_and_position_zero() -> None:
-    x = jnp.asarray(inputs(2, (1, 4, 2, 8)))
-    np.testing.assert_array_equal(rotate(x, jnp.zeros((1, 4), jnp.int32), 100.0), x)
-    y = rotate(x, jnp.arange(4)[None], 100.0)
-    np.testing.assert_allclose(np.linalg.norm(y, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-5)
-    by_hand = [turned(np.asarray(x[0, 3, 1]), 3, 100.0)]
-    np.testing.assert_allclose(y[0, 3, 1:], by_hand, rtol=1e-5)
+def test_norms_over_whole_queries_and_biases_can_be_cut_over_heads() -> None:
+    heads = AttentionConfig(num_heads=4, num_kv_heads=4, head_width=4, head_norm="qk_whole", rope=YarnConfig(width=2))
+    check_contract(heads)
+    found = cuts(build(dataclasses.replace(heads, qkv_bias=True, head_norm="none")))
+    spec = jax.sharding.PartitionSpec
+    assert found["b_query"] == found["b_key"] == found["b_value"] == spec(axes.TENSOR)
+    # A bias of the keys alone moves all scores of a query alike, so without rotation its gradient is zero.
+    check_contract(AttentionConfig(num_heads=4, num_kv_heads=2, head_width=4, qkv_bias=True))
+
+
+def test_yarn_scales_the_scores_of_whole_heads() -> None:
+    yarn, x = YarnConfig(factor=8.0, original_length=16, fast=2.0), inputs()
+    module = attention(dataclasses.replace(CONFIG, rope=yarn))
+    query, key, value = (
+        np.asarray(part, np.float64) for part in module._project(jnp.asarray(x), jnp.asarray(POSITION))
+    )
+    scores = np.einsum("bsmgh,btmh->bmgst", query.reshape(B, S, 2, 2, 6), key) / np.sqrt(6)
+    scores = scores * (0.1 * np.log(8.0) + 1) ** 2
+    mask = np.tril(np.ones((S, S), bool)) & (SEGMENT[:, :, None] == SEGMENT[:, None, :])
+    share = np.where(mask[:, None, None], np.exp(scores), 0)
+    mixed = np.einsum("bmgst,btmh->bsmgh", share / share.sum(-1, keepdims=True), value).reshape(B, S, 4, 6)
+    expected = np.einsum("bsnh,nhd->bsd", mixed, param.pure(module)["w_out"])
+    np.testing.assert_allclose(run(module, x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_head_norms_act_per_head_before_rotation_and_share_a_gain() -> None:
@@ -163,7 +198,7 @@ def test_with_all_heads_normalised_the_size_of_the_input_does_not_matter() -> No
     np.testing.assert_allclose(run(plain, 50.0 * x), 50.0 * run(plain, x), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("head_norm", ["none", "qkv"])
+@pytest.mark.parametrize("head_norm", ["qk_whole", "qkv"])
 @pytest.mark.parametrize("pieces", [(9,), (1,) * 9, (4, 1, 1, 3), (2, 7)])
 def test_decoding_in_pieces_equals_the_whole(pieces: tuple[int, ...], head_norm: Any) -> None:
     module, x = attention(dataclasses.replace(CONFIG, head_norm=head_norm)), jnp.asarray(inputs())
@@ -193,6 +228,12 @@ def test_the_dtype_is_kept() -> None:
         (AttentionConfig(head_width=5), "head_width = 5: must be even"),
         (AttentionConfig(rope_theta=0.0), "rope_theta = 0.0: must be greater than 0"),
         (AttentionConfig(num_heads=0), "num_heads = 0: must be at least 1"),
+        (AttentionConfig(norm_eps=1e-5), "norm_eps = 1e-05: is ignored, as no head is normalised; leave it at 1e-6"),
+        (AttentionConfig(head_norm="qk", norm_eps=0.0), "norm_eps = 0.0: must be greater than 0"),
+        (
+            AttentionConfig(head_width=8, rope=RopeConfig(width=8)),
+            "rope.width = 8: must be less than the head's 8 dimensions; 0 turns them all",
+        ),
     ],
 )
 def test_a_config_that_cannot_work_is_refused(config: AttentionConfig, said: str) -> None:

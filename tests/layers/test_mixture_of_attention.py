@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe import param
+from moe import axes, param
 from moe.config import ConfigError, check
-from moe.layers.attention import AttentionConfig, rotate
+from moe.kernels.attend import AttendConfig
+from moe.layers.attention import AttentionConfig
 from moe.layers.mixture_of_attention import MixtureOfAttention, MixtureOfAttentionConfig
+from moe.layers.rope import rotate
 from tests.layers.sublayers import B, D, S, build, check_contract, cuts, decoded, inputs, one_document, run
 from tests.routing.contexts import context_for
 
@@ -72,7 +74,7 @@ def test_shared_keys_are_the_same_keys_in_every_expert() -> None:
 
 
 @both
-@pytest.mark.parametrize("pieces", [(S,), (1,) * S, (3, 1, 2)])
+@pytest.mark.parametrize("pieces", [(S,), (1,) * S, (3, 1, 4)])
 def test_decoding_in_pieces_equals_the_whole(config: Any, pieces: tuple[int, ...]) -> None:
     module, x = build(config), inputs()[:2]
     whole = run(module, x, one_document(2, S))
@@ -88,7 +90,7 @@ def test_head_norms_belong_to_what_they_normalise(config: Any) -> None:
     assert shapes["key_norm.scale"] == shapes["value_norm.scale"] == (*own, 6)
     x = inputs()[:2]
     whole = run(build(config), x, one_document(2, S))
-    np.testing.assert_allclose(decoded(build(config), x, (4, 2), S), whole, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(decoded(build(config), x, (4, 4), S), whole, rtol=1e-4, atol=1e-4)
 
 
 def _flat(tree: Any) -> dict[str, jax.Array]:
@@ -106,10 +108,10 @@ def test_shared_keys_have_one_cache_and_own_keys_one_for_each_expert() -> None:
 @both
 def test_it_keeps_the_contract_of_sublayers(config: Any) -> None:
     check_contract(config)
-    spec = jax.sharding.PartitionSpec
-    assert cuts(build(config))["experts.w_query"] == spec("expert", "fsdp", "tensor", None)
-    assert cuts(build(config))["experts.w_key"] == (spec("fsdp", "tensor", None) if config.shared_kv
-                                            else spec("expert", "fsdp", "tensor", None))  # fmt: skip
+    of_experts = axes.spec(("experts", "expert_embed", "expert_heads", None))
+    assert cuts(build(config))["experts.w_query"] == of_experts
+    shared = axes.spec(("embed", "kv_heads", None))
+    assert cuts(build(config))["experts.w_key"] == (shared if config.shared_kv else of_experts)
 
 
 def test_no_token_sees_another_document_or_a_later_token() -> None:
@@ -159,3 +161,22 @@ def test_a_config_that_cannot_work_is_refused() -> None:
         check(dataclasses.replace(CONFIG, num_experts=1))
     with pytest.raises(ConfigError, match=r"^attention.num_kv_heads = 3: must divide num_heads = 4$"):
         check(dataclasses.replace(CONFIG, attention=dataclasses.replace(ONE, num_kv_heads=3)))
+
+
+@both
+def test_biases_of_keys_and_values_belong_to_what_they_make(config: Any) -> None:
+    biased = dataclasses.replace(config, attention=dataclasses.replace(ONE, qkv_bias=True))
+    module, own = build(biased), () if config.shared_kv else (2,)
+    experts = param.pure(module)["experts"]
+    assert {name: leaf.shape for name, leaf in experts.items() if name.startswith("b_")} == {
+        "b_query": (2, 24), "b_key": (*own, 12), "b_value": (*own, 12)
+    }  # fmt: skip
+    assert len(param.logical_axes(module)["experts"]["b_query"]) == 1  # a vector for weight decay
+    np.testing.assert_array_equal(run(module, inputs()), run(build(config), inputs()))  # they start at zero
+    moved = param.bind(module, {**param.pure(module), "experts": experts | {"b_value": experts["b_value"] + 1.0}})
+    assert not np.allclose(run(moved, inputs()), run(module, inputs()), rtol=1e-2)
+
+
+def test_keys_can_travel_in_a_ring_while_experts_are_run_side_by_side() -> None:
+    attention = dataclasses.replace(ONE, attend=AttendConfig(method="ring", chunk=1))
+    check_contract(MixtureOfAttentionConfig(num_experts=2, attention=attention))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe import param
+from moe import axes, param
 from moe.layers.peer import PEER, PEERConfig
 from tests.layers.sublayers import B, D, S, build, check_contract, cuts, inputs, run, value_and_gradient
 from tests.routing.contexts import context_for
@@ -62,7 +62,7 @@ def test_gradient_reaches_the_rows_a_token_reads_and_no_others() -> None:
 
 def test_it_keeps_the_contract_of_sublayers() -> None:
     check_contract(CONFIG)
-    assert cuts(build(CONFIG))["w_up"] == jax.sharding.PartitionSpec(None, ("fsdp", "expert", "tensor"))
+    assert cuts(build(CONFIG))["w_up"] == axes.spec((None, "memory_width"))
 
 
 def test_parameters_active_share_and_multiply_adds_are_the_formulas() -> None:

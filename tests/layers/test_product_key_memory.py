@@ -147,7 +147,7 @@ def test_initial_values_have_the_documented_standard_deviation() -> None:
 @pytest.mark.parametrize("kind", [ProductKeyMemoryConfig, PEERConfig])
 def test_no_device_gathers_a_table_or_the_scores_of_other_sequences(kind: type) -> None:
     module = build(kind(num_keys=16, num_heads=3, num_selected=4, key_width=6))
-    mesh = axes.make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+    mesh = axes.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2, expert=2, expert_tensor=2))
     params = jax.device_put(param.pure(module), param.shardings(module, mesh))
     x = jax.device_put(inputs(), axes.sharding(mesh, ("batch", "position", None)))
     with jax.set_mesh(mesh):

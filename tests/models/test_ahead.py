@@ -12,9 +12,9 @@ from moe import param
 from moe.config import ConfigError, check
 from moe.models import Decoder
 from moe.models.ahead import AheadConfig, real_targets_ahead, targets_ahead
+from moe.models.output import token_losses
 from moe.models.sample import generate
 from moe.routing.base import Context
-from moe.train.loss import token_losses
 from moe.train.run import RunConfig
 from moe.train.step import batch_gradient
 from tests import grid
@@ -79,8 +79,10 @@ def test_a_block_reads_the_next_token_and_none_after_it() -> None:
         assert np.abs(a[0, 8 - offset] - b[0, 8 - offset]).max() > 1e-4, "the token it should read has no effect"
 
 
-def gradient(config: RunConfig, model: Decoder, arrays: dict[str, np.ndarray], accumulation: int) -> Any:
-    state = dataclasses.replace(grid.train_state(()), params=param.pure(built()))
+def gradient(
+    config: RunConfig, model: Decoder, arrays: dict[str, np.ndarray], accumulation: int, params: Any = None
+) -> Any:
+    state = dataclasses.replace(grid.train_state(()), params=param.pure(built()) if params is None else params)
     cut = {n: jnp.asarray(v).reshape(accumulation, -1, v.shape[-1]) for n, v in arrays.items()}
     return jax.jit(lambda state, arrays: batch_gradient(config, model, state, arrays))(state, cut)
 
@@ -90,7 +92,9 @@ def test_the_loss_is_the_mean_over_blocks_by_hand_and_does_not_depend_on_accumul
     config = RunConfig(batch_size=8, balance=(), steps=200, model=CONFIG)
     loss, grads, share = gradient(config, CONFIG.abstract(), arrays, 1)
     state = grid.train_state(())
-    later = built().predict(context_of(arrays, key=state.key, step=int(state.step)), bias()).later
+    model = built()
+    found = model.predict(context_of(arrays, key=state.key, step=int(state.step)), bias())
+    later = [model.logits(hidden) for hidden in found.later]
     segment, tokens, total, targets = arrays["segment_ids"], arrays["tokens"], 0.0, 0
     for b in range(8):
         for t in range(grid.POSITIONS):

@@ -70,7 +70,7 @@ def test_the_task_of_all_layers_teaches_it() -> None:
 
     def loss(params: Any) -> jax.Array:
         found = forward(CONFIG.abstract(), params, arrays, BIAS, step=jnp.int32(0), key=jax.random.key(0), train=True)
-        return jnp.sin(found.logits_BSV).mean()
+        return jnp.sin(param.bind(CONFIG.abstract(), params).logits(found.hidden_BSD)).mean()
 
     gradient = jax.jit(jax.grad(loss))(param.pure(model))["router"]
     assert all(float(jnp.abs(leaf).max()) > 1e-7 for leaf in jax.tree.leaves(gradient))
@@ -78,7 +78,7 @@ def test_the_task_of_all_layers_teaches_it() -> None:
 
 def test_a_cut_of_the_batch_changes_nothing() -> None:
     rules = (LoadBalanceConfig(name="global"), ExpertBiasConfig(name="sign", rate=0.01))
-    mesh = (("fsdp", 2), ("expert", 2), ("tensor", 2))
+    mesh = (("fsdp", 4), ("tensor", 2), ("expert", 2), ("expert_tensor", 2))
     cut = Cut(mesh=mesh, accumulation=2, remat="full", padding="tokens", router=ROUTER)
     grid.agree(grid.measure(cut, rules), grid.measure(Cut(router=ROUTER), rules))
 

@@ -157,7 +157,7 @@ def stream_rms(config: DecoderConfig, gain: float | None = None) -> float:
         for pattern in bound.stacks:
             for module in pattern:
                 module.post_norm.scale[...] = jnp.full_like(module.post_norm.scale[...], gain)
-    bound.unembed = lambda x: x
+    bound.final_norm = bound.logits = lambda x: x
     return float(rms(jax.jit(lambda context: bound(context, bias)[0])(context)).mean())
 
 

@@ -12,8 +12,8 @@ from tests import grid
 from tests.grid import Cut
 
 PROCESSES, DEVICES = 2, 8
-DATA, EXPERT = (("data", 8),), (("expert", 8),)
-FSDP_TENSOR, THREE = (("fsdp", 4), ("tensor", 2)), (("fsdp", 2), ("expert", 2), ("tensor", 2))
+DATA, EXPERT = (("data", 8),), (("data", 8), ("expert", 8))
+FSDP_TENSOR, THREE = (("fsdp", 4), ("tensor", 2)), (("data", 2), ("fsdp", 2), ("tensor", 2), ("expert", 4))
 # Processes hold neighbouring devices: each of these cuts batch, experts or parameters across the two.
 CUTS = (
     Cut(mesh=DATA, padding="tokens"),

@@ -6,12 +6,9 @@ of a batch that land on the wrong host. One pair of processes answers every test
 """
 
 import dataclasses
-import os
 import pickle
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,37 +20,14 @@ import pytest
 from moe.axes import MeshConfig
 from moe.data import prepare
 from moe.dispatch import DenseConfig
-from tests import conftest, grid
+from tests import grid
 from tests.grid import Cut, Measured, agree, measured
 from tests.launch.runs import write_text
 from tests.multiprocess import cuts, worker
+from tests.multiprocess.together import finish, run_together
 
-ROOT = Path(__file__).parent.parent.parent
-LIMIT_S = 400
 ORACLE = Cut(dispatch=DenseConfig())
 Found = Callable[[str], Any]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def finish(processes: list[subprocess.Popen[bytes]], limit_s: float) -> None:
-    """Waits until all have ended well; else, and if time is up, ends every one of them and raises."""
-    end = time.monotonic() + limit_s
-    try:
-        while None in (codes := [process.poll() for process in processes]) or any(codes):
-            if any(codes):
-                raise RuntimeError(f"a process failed: exit statuses {codes}")
-            if time.monotonic() > end:
-                raise TimeoutError(f"not done after {limit_s} s: exit statuses {codes}")
-            time.sleep(0.05)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -64,24 +38,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(text: Path) -> Found:
     """What the pair has found under a name; both processes must have found the same."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(cuts.DEVICES // cuts.PROCESSES),
-        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-        "XLA_FLAGS": conftest.CHEAP,
-    }
-    folder, port = text.parent, str(free_port())
-    logs = [folder / f"{index}.log" for index in range(cuts.PROCESSES)]
-    processes = []
-    for index, log in enumerate(logs):
-        words = [sys.executable, "-m", "tests.multiprocess.worker", port, str(index), str(folder), str(text)]
-        with log.open("wb") as out:
-            processes.append(subprocess.Popen(words, cwd=ROOT, env=environment, stdout=out, stderr=out))
-    try:
-        finish(processes, LIMIT_S)
-    except (RuntimeError, TimeoutError) as error:
-        said = "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}" for log in logs)
-        pytest.fail(f"{error}\n{said}")
+    folder = text.parent
+    run_together("tests.multiprocess.worker", cuts.PROCESSES, cuts.DEVICES, folder, [str(text)])
 
     def read(name: str) -> Any:
         answers = [pickle.loads((folder / f"{name}.{index}").read_bytes()) for index in range(cuts.PROCESSES)]

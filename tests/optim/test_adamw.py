@@ -121,7 +121,9 @@ def test_bad_numbers_are_refused() -> None:
         check(AdamWConfig(clip_norm=0))
 
 
-@pytest.mark.parametrize("sizes", [{"data": 8}, {"expert": 8}, {"fsdp": 2, "expert": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{"data": 8}, {"data": 8, "expert": 8}, {"fsdp": 4, "tensor": 2, "expert": 2}], ids=str
+)
 def test_clipping_counts_every_parameter_once_on_a_sharded_mesh(sizes: dict[str, int]) -> None:
     model = grid.model_config().abstract()
     rng = np.random.default_rng(0)

@@ -204,17 +204,18 @@ def renaming_experts_renames_everything(config: RouterConfig, E: int) -> None:
 
 
 def any_number_of_devices_routes_the_same(config: RouterConfig, E: int) -> None:
-    """In training, so noise is met too."""
+    """In training, so noise is met too; with sequences cut, and with their positions cut as the residual stream's."""
     router, context = built(config, E), context_for(B, S, padding=PADDING)
     expected = route(config, E, tokens(), context)
-    for devices in (1, 2, 8):
-        mesh = axes.make_mesh(MeshConfig(data=-1), jax.devices()[:devices])
+    for sizes in ({"data": 1}, {"data": 2, "context": 2, "tensor": 2}, {"data": 8}):
+        mesh = axes.make_mesh(MeshConfig(**sizes), jax.devices()[: MeshConfig(**sizes).num_devices])
         with jax.set_mesh(mesh):
             cut = axes.sharding(mesh, ("batch",))
             place = lambda leaf: jax.device_put(leaf, cut) if leaf.ndim and leaf.shape[0] == B else leaf  # noqa: E731,B023
-            arguments = jax.tree.map(place, (tokens(), context))
-            found = jax.device_get(jax.jit(lambda x, context: router(x, context, jnp.zeros(E)))(*arguments))
-        _equal(found, expected, f"{devices} devices")
+            x_BSD = jax.device_put(tokens(), axes.sharding(mesh, ("batch", "stream", None)))
+            run = jax.jit(lambda x, context: router(x, context, jnp.zeros(E)))
+            found = jax.device_get(run(x_BSD, jax.tree.map(place, context)))
+        _equal(found, expected, f"a mesh of {sizes}")
 
 
 def _equal(found: Routing, expected: Routing, what: str) -> None:

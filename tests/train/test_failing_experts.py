@@ -21,7 +21,7 @@ def losses(failure_rate: float) -> np.ndarray:
     """Loss of every step on one batch."""
     router = ProductKeyConfig(grid=(4, 2), num_selected=2, failure_rate=failure_rate, init_std=0.3)
     config = RunConfig(
-        batch_size=16, steps=200, mesh=MeshConfig(data=1, expert=8), balance=(LoadBalanceConfig(coefficient=0.01),),
+        batch_size=16, steps=200, mesh=MeshConfig(data=8, expert=8), balance=(LoadBalanceConfig(coefficient=0.01),),
         optim=AdamWConfig(schedule=WarmupCosineConfig(warmup_steps=0), eps=1e-2),
         model=grid.model_config(router=router),
     )  # fmt: skip

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from moe.balance import BalanceRule, LoadBalanceConfig, ZLossConfig
-from moe.train.loss import real_targets, token_losses
+from moe.models.output import token_losses
+from moe.train.loss import real_targets
 from moe.train.run import RunConfig
 from moe.train.step import batch_gradient
 from tests import grid, oracle

@@ -55,7 +55,7 @@ def test_a_dense_model_has_a_state_too() -> None:
     assert state.balance == {} and state.idle_LE is None
 
 
-CUT = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
+CUT = MeshConfig(data=1, fsdp=4, tensor=2, expert=2, expert_tensor=2)
 
 
 def placed(run: RunConfig, mesh: Mesh) -> tuple[Any, Any]:
@@ -92,15 +92,13 @@ def test_the_first_state_is_the_same_bit_for_bit_on_one_device_and_on_eight() ->
 
 
 def test_a_mesh_that_cannot_cut_a_parameter_is_named_in_the_refusal() -> None:
-    run = config(mesh=MeshConfig(data=1, expert=3))
+    run = config(mesh=MeshConfig(data=3, expert=3))
     mesh, model = axes.make_mesh(run.mesh, jax.devices()[:3]), run.model.abstract()
     with pytest.raises(ConfigError) as caught:
         state_shardings(run, model, make_optimizer(run, model), mesh)
     said = str(caught.value)
-    assert said.startswith(
-        "mesh = {'data': 1, 'fsdp': 1, 'expert': 3, 'tensor': 1}: cannot cut parameter stacks.0.1.moe."
-    )
-    assert "of shape (2, 8, " in said and "(None, 'expert', " in said and "\n" not in said
+    assert said.startswith("mesh = {'data_expert': 3}: cannot cut parameter stacks.0.1.moe.")
+    assert "of shape (2, 8, " in said and "into (1, 3, 1, 1) pieces" in said and "\n" not in said
 
 
 def _is_adam(part: Any) -> bool:

@@ -44,7 +44,7 @@ class Run:
             balance=rules, model=grid.model_config(),
         )  # fmt: skip
         check(self.config)
-        devices = jax.devices()[: int(np.prod(list(mesh.values()) or [1]))]
+        devices = jax.devices()[: self.config.mesh.num_devices]
         self.mesh, self.model = axes.make_mesh(self.config.mesh, devices), self.config.model.abstract()
         tx = make_optimizer(self.config, self.model)
         with jax.set_mesh(self.mesh):
@@ -79,7 +79,12 @@ def oracle(rules: Any = RULES) -> tuple[Any, list[Any]]:
     return jax.device_get((state.params, state.balance)), metrics
 
 
-CUTS = [((("data", 2),), 2), ((("fsdp", 2), ("expert", 2), ("tensor", 2)), 1), ((("expert", 4), ("fsdp", 2)), 2)]
+FOLDED = (("fsdp", 4), ("tensor", 2), ("expert", 2), ("expert_tensor", 2))
+CUTS = [
+    ((("data", 2),), 2),
+    (FOLDED, 1),
+    ((("data", 4), ("fsdp", 2), ("expert", 4)), 2),
+]
 
 
 @pytest.mark.parametrize(("mesh", "accumulation"), CUTS, ids=str)
@@ -100,7 +105,7 @@ def test_two_steps_end_in_the_same_state(mesh: Any, accumulation: int) -> None:
 
 
 def test_compiled_steps_leave_the_state_where_the_table_says() -> None:
-    run = prepared((("fsdp", 2), ("expert", 2), ("tensor", 2)), 1)
+    run = prepared(FOLDED, 1)
     state, _ = run.steps(run.create())
     for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(run.shardings), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
@@ -111,7 +116,7 @@ def test_compiled_steps_leave_the_state_where_the_table_says() -> None:
 
 
 def test_the_initial_state_does_not_depend_on_the_mesh() -> None:
-    a, b = prepared().create(), prepared((("fsdp", 2), ("expert", 2), ("tensor", 2)), 1).create()
+    a, b = prepared().create(), prepared(FOLDED, 1).create()
     for x, y in zip(jax.tree.leaves(jax.device_get(a.params)), jax.tree.leaves(jax.device_get(b.params)), strict=True):
         np.testing.assert_array_equal(x, y)
 
