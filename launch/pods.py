@@ -28,6 +28,8 @@ from moe.plan.search import judge
 from moe.train.run import RunConfig
 
 GIB = 1 << 30
+LAID_OUT = ("misplaced", "gathered", "unexpected")
+"""What `launch.compile` finds wrong with how a program lies on the devices."""
 ROWS = (
     "| model | parameters, active | chips | layout | A | state | at most | predicted | of the chip | step at peak |"
     " predicted step | all-to-all | all else sent | compiled in |"
@@ -55,7 +57,7 @@ def main(words: list[str] | None = None) -> int:
         if unknown := [name for name in arguments.only if name not in reference.TOPOLOGIES]:
             raise ConfigError(f"only = {unknown[0]!r}: there are {', '.join(reference.TOPOLOGIES)}")
         names = arguments.only or tuple(reference.TOPOLOGIES)
-        rows, failed = [], []
+        rows, failed, odd = [], [], []
         for name in names:
             config = models[name]()
             assert isinstance(config, RunConfig)
@@ -65,12 +67,13 @@ def main(words: list[str] | None = None) -> int:
             else:
                 rows.append(_row(name, config, found))
                 failed += [] if found["fits"] else [name]
-        text = _page(arguments, rows, failed)
+                odd += [f"{name}: {line}" for what in LAID_OUT for line in found[what]]
+        text = _page(arguments, rows, failed, odd)
         print(text)
         if arguments.page is not None:
             Path(arguments.page).parent.mkdir(parents=True, exist_ok=True)
             Path(arguments.page).write_text(text)
-    return 1 if failed else 0
+    return 1 if failed or odd else 0
 
 
 def _compiled(arguments: Arguments, name: str, config: RunConfig) -> dict[str, Any] | None:
@@ -111,7 +114,7 @@ def _row(name: str, config: RunConfig, found: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _page(arguments: Arguments, rows: list[str], failed: list[str]) -> str:
+def _page(arguments: Arguments, rows: list[str], failed: list[str], odd: list[str]) -> str:
     command = f"python -m launch.pods --workdir {arguments.workdir}"
     command += f" --only {' '.join(arguments.only)}" if arguments.only else ""
     command += " --dropless" if arguments.dropless else ""
@@ -132,6 +135,12 @@ def _page(arguments: Arguments, rows: list[str], failed: list[str]) -> str:
         " Seconds a step: at the chips' peak rate with nothing else to do, and as the planner predicts it. Sent: GB of"
         " one device in a step. The last column is seconds on this machine.",
     ]
+    checked = (
+        "of each it was checked that every leaf of the train state lies as the table of axes says, that no stack of"
+        " weights is gathered for all layers at once, and that the layout explains every collective but all-reduces"
+    )
+    lines += ["", f"Layout: {checked}." if not odd else f"Layout: {checked}; these are not:"]
+    lines += [f"- {line}" for line in odd]
     if failed:
         lines += ["", f"Does not fit, or did not compile: {', '.join(failed)}; see the logs in {arguments.workdir}."]
     return "\n".join(lines) + "\n"

@@ -40,7 +40,8 @@ def test_specs_follow_the_table() -> None:
     slices = tuple(f"{name}_tensor" for name in experts)
     golden = {
         "batch": data + fsdp, "position": context, "stream": context + tensor, "embed": fsdp + context,
-        "vocab": tensor, "heads": tensor, "kv_heads": tensor, "head_width": None, "latent": None, "mlp": tensor, "layers": "stage",
+        "vocab": tensor, "heads": tensor, "kv_heads": tensor, "head_width": None, "latent": None, "mlp": tensor,
+        "layers": "stage",
         "experts": experts, "expert_embed": ("fsdp", "context", "tensor"), "expert_heads": slices,
         "expert_kv_heads": slices, "expert_mlp": slices, "router_experts": None, "norm": None, "accumulation": None,
         "memory_slots": None, "memory_width": fsdp + context + tensor, "memory_batch": data, "memory_position": None,

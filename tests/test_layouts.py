@@ -32,8 +32,11 @@ STAGED = [
 
 
 def test_the_selection_covers_every_grid_every_pair_of_axes_and_every_exchange() -> None:
-    dense = Counter(tuple(size for name, size in layout.mesh if not name.startswith("expert")) for layout in FOLDED)
-    assert len(set(FOLDED)) == len(FOLDED) >= 30 and len(dense) >= 7
+    sizes = [layout.mesh_config.sizes(layouts.DEVICES) for layout in FOLDED]
+    dense = Counter((of["data"] * of["fsdp"], of["context"], of["tensor"]) for of in sizes)
+    experts = Counter((of["expert_data"], of["expert"], of["expert_tensor"]) for of in sizes)
+    assert len(set(FOLDED)) == len(FOLDED) == 30
+    assert dense == experts == Counter(dict.fromkeys(layouts.GRID, 3))
     used = {name for layout in FOLDED for name in layout.mesh_config.factors(layouts.DEVICES) if used_in(layout, name)}
     assert used >= {*axes.MESH_AXES} - {"stage"}
     assert {type(layout.exchange) for layout in FOLDED} == {type(exchange) for exchange in layouts.EXCHANGES}

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from moe.axes import CONTEXT, EXPERT, EXPERT_DATA, EXPERT_TENSOR, FSDP, STAGE, TENSOR
-from moe.plan.collectives import Collective
+from moe.plan.collectives import KINDS, Collective
 from moe.plan.hlo import Array, Program
 
 SMALL = 1 << 20
@@ -75,20 +75,22 @@ def replicated(state: Any, shardings: Any, small: int = SMALL) -> list[str]:
 
 
 def gathered(program: Program, state: Any, shardings: Any, small: int = SMALL) -> list[str]:
-    """Arrays of the program with as many elements, cut alike, as a whole leaf of the state that is cut over devices.
+    """What collectives bring together in the shape of a whole leaf of the state that the table cuts over devices.
 
-    Only leaves that stack layers are looked for: one layer's weights are gathered on purpose, all layers' never.
+    Only leaves that stack layers are looked for: one layer's weights are gathered on purpose, all layers' never. What
+    no collective makes may have that shape by chance, as probabilities [L, S, E] and a router [L, D, E] where S = D.
     """
     wholes: dict[tuple[int, ...], str] = {}
     for (path, leaf), sharding in zip(
         jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(shardings), strict=True
     ):
         cut = sharding.shard_shape(leaf.shape) != leaf.shape
-        if cut and "stacks" in jax.tree_util.keystr(path) and _bytes(leaf) >= small:
+        several = "stacks" in jax.tree_util.keystr(path) and leaf.shape[0] > 1
+        if cut and several and _bytes(leaf) >= small:
             wholes.setdefault(_dims(leaf.shape), jax.tree_util.keystr(path))
     found: dict[str, None] = {}
     for one in program.executed():
-        if not one.fused:
+        if not one.fused and any(kind in one.instruction.line for kind in KINDS):
             for array in one.instruction.arrays:
                 if (name := wholes.get(_dims(array.dims))) is not None:
                     found[f"{array} as {name}: {one.instruction.origin}"] = None

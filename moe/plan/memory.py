@@ -120,7 +120,8 @@ class _Device(Layers):
         work, held = self.work, _held(self.work, self.grid)
         stacked = sum(one.held(self.grid) for trait in self.found for one in trait.weights)
         patterns = self._patterns()
-        # A stack of one repeat is no loop: its backward pass mixes with that of the loop beside it, and both are held.
+        # A stack of one repeat is no loop: its weights are gathered while those of the loop beside it are, but the two
+        # work one after the other.
         once = [pattern for pattern in patterns if pattern[0].repeats == 1]
         loops = [pattern for pattern in patterns if pattern[0].repeats > 1] or once[:1]
         worst = max(loops, key=lambda pattern: self.layer(pattern) + self.gathered(pattern))
@@ -136,7 +137,7 @@ class _Device(Layers):
             inputs=self._inputs(patterns),
             routing=sum(self._repeats(one) * self._routing(one) for one in self.found),
             kept=sum(self._repeats(one) * self.kept(one) for one in self.found),
-            layer=sum(map(self.layer, held_at_once)),
+            layer=max(map(self.layer, held_at_once)),
             gathered=sum(map(self.gathered, held_at_once)),
             embedding=self._embedding(),
             head=4 * self._table() * heads,

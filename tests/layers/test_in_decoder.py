@@ -52,7 +52,7 @@ def model_of(*layers: SublayerConfig, **changes: Any) -> DecoderConfig:
 
 def test_a_step_on_eight_devices_moves_every_parameter() -> None:
     config = RunConfig(
-        batch_size=G, accumulation=1, steps=200, mesh=MeshConfig(data=2, fsdp=2, tensor=2, expert=4),
+        batch_size=G, accumulation=1, steps=200, mesh=MeshConfig(data=2, fsdp=2, tensor=2, expert=2),
         optim=AdamWConfig(schedule=WarmupCosineConfig(warmup_steps=0)), model=model_of(*LAYERS, remat="full"),
     )  # fmt: skip
     check(config)

@@ -13,6 +13,7 @@ from configs import reference
 from moe import axes, param
 from moe.axes import MeshConfig
 from moe.config import ConfigError, check
+from moe.dispatch import AllToAllConfig
 from moe.layers.attention import AttentionConfig
 from moe.layers.moe import MoEConfig
 from moe.layers.norm import RMSNorm
@@ -62,6 +63,7 @@ def small_layer(config: Any) -> Any:
         "num_heads": 4, "num_kv_heads": 2, "head_width": 8, "query_latent": 16, "key_value_latent": 8, "rope_width": 4,
         "value_width": 6, "hidden": 16, "num_experts": 16, "expert_hidden": 8,
     }  # fmt: skip
+    small["exchange"] = AllToAllConfig()  # a budget drops, and what it drops depends on the mesh
     here = {field.name: small[field.name] for field in dataclasses.fields(config) if field.name in small}
     if isinstance(config, MoEConfig):
         router = dataclasses.replace(config.router, num_selected=4, init_std=0.3)  # type: ignore[call-arg]
