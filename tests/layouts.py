@@ -20,7 +20,7 @@ from moe import axes
 from moe.axes import MeshConfig
 from moe.balance import ExpertBiasConfig, LoadBalanceConfig, ZLossConfig
 from moe.config import ConfigError, check
-from moe.dispatch import AllToAllConfig, ExchangeConfig, RingConfig
+from moe.dispatch import AllToAllConfig, ExchangeConfig, RaggedConfig, RingConfig
 from moe.kernels.attend import AttendConfig
 from moe.layers.attention import AttentionConfig
 from moe.layers.moe import MoEConfig
@@ -148,6 +148,8 @@ EXCHANGES: tuple[ExchangeConfig, ...] = (
     AllToAllConfig(),
     RingConfig(),
     AllToAllConfig(budget=1.0, on_overflow="rerun"),
+    RaggedConfig(),
+    AllToAllConfig(chunks=2, drop_duplicates=False),
 )
 
 
