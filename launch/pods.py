@@ -1,6 +1,6 @@
 """Compile the published models for the pods they are laid out for, and write the table:  python -m launch.pods
 
-    python -m launch.pods --workdir runs/pods --page docs/results/pods.md [--only olmoe_1b_7b deepseek_v3] [--dropless]
+    python -m launch.pods --workdir runs/pods --page docs/results/pods.md [--only paper_43b] [--dropless True]
 
 Every model of configs/reference.py is compiled for its topology in a process of its own (`launch.compile`), and the
 planner's memory and step time (`launch.plan`) stand beside what the compiler says. What is in WORKDIR already, for the
@@ -117,7 +117,7 @@ def _row(name: str, config: RunConfig, found: dict[str, Any]) -> str:
 def _page(arguments: Arguments, rows: list[str], failed: list[str], odd: list[str]) -> str:
     command = f"python -m launch.pods --workdir {arguments.workdir}"
     command += f" --only {' '.join(arguments.only)}" if arguments.only else ""
-    command += " --dropless" if arguments.dropless else ""
+    command += " --dropless True" if arguments.dropless else ""
     command += f" --page {arguments.page}" if arguments.page is not None else ""
     lines = [
         "# Published models on the pods they are laid out for" + ", dropping nothing" * arguments.dropless,
