@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from moe import axes
 from moe.axes import make_mesh
+from moe.config import ConfigError
 from moe.plan.device_order import in_mesh_order
 from moe.plan.hlo import Program
 from moe.train.run import RunConfig
@@ -129,7 +130,10 @@ def _compile(lowered: Any, platform: str) -> tuple[Any, str]:
     except jax.errors.JaxRuntimeError as error:
         if platform != "tpu" or "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return lowered.compile(compiler_options=_ANYWAY), str(error)
+        try:
+            return lowered.compile(compiler_options=_ANYWAY), str(error)
+        except jax.errors.JaxRuntimeError:  # so much too large that it cannot even be finished
+            raise ConfigError(f"mesh: the step does not fit, by far: {str(error).splitlines()[0]}") from error
 
 
 def _memory(executable: Any, batch: dict[str, Any]) -> Memory:
