@@ -64,8 +64,8 @@ def _train(spec: str, words: list[str]) -> int:
 
     from moe.analysis.evaluation import evaluate_run
     from moe.analysis.report import write_report
+    from moe.train.failures import NotFinite
     from moe.train.loop import train
-    from moe.train.record import NotFinite
 
     stop = Stop()
     record = {"config_file": spec, "changes": configs.diff(base, config), "command_line": words}

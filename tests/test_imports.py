@@ -21,7 +21,7 @@ for _level in (
     ["moe.balance", "moe.dispatch"],
     ["moe.layers"],
     ["moe.models"],
-    ["moe.optim", "moe.data", "moe.upcycle", "moe.interop", "moe.plan"],
+    ["moe.optim", "moe.data", "moe.upcycle", "moe.interop", "moe.plan", "moe.cluster"],
     ["moe.train"],
     ["moe.analysis"],
     ["configs"],

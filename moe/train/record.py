@@ -7,13 +7,10 @@ from typing import Any, NamedTuple
 import jax
 
 from moe.plan.flops import peak_flops, train_flops_per_token
+from moe.train.failures import NotFinite
 from moe.train.metrics import MetricWriter
 from moe.train.progress import Progress
 from moe.train.run import RunConfig
-
-
-class NotFinite(RuntimeError):
-    """Too many updates in a row were skipped because loss or gradient was not finite."""
 
 
 class Pending(NamedTuple):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from moe.axes import MeshConfig
 from moe.balance import BalanceRule, LoadBalanceConfig, asked
+from moe.cluster.config import ClusterConfig
 from moe.config import at_least, walk
 from moe.data import DataConfig
 from moe.kernels.attend import AttendConfig
@@ -63,6 +64,7 @@ class RunConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: AdamWConfig = AdamWConfig()
     mesh: MeshConfig = MeshConfig()
+    cluster: ClusterConfig = ClusterConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     profile: tuple[int, int] | None = None

@@ -16,7 +16,16 @@ from moe.train.load import CONFIG_NAME, load_config
 from moe.train.run import RunConfig
 
 RECORD_NAME = "run.json"
-MAY_CHANGE = ("mesh.", "checkpoint.", "profile", "data.cache_dir", "data.num_threads", "data.prefetch")
+MAY_CHANGE = (
+    "mesh.",
+    "cluster.",
+    "watchdog.",
+    "checkpoint.",
+    "profile",
+    "data.cache_dir",
+    "data.num_threads",
+    "data.prefetch",
+)
 """What a resumed run may change: where and how it runs, never what it computes."""
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "array-record")
 

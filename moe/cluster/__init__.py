@@ -1,0 +1,1 @@
+"""Several processes as one run: finding each other, agreeing, and saying who does not."""
