@@ -9,11 +9,15 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
-from moe.config import ConfigError, check
+from launch.exits import EXPECTED, status_of
+from moe.config import ConfigError, check, load
+
+if TYPE_CHECKING:
+    from moe.train.run import RunConfig
 
 Config = TypeVar("Config")
 OPTIONS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
@@ -24,16 +28,55 @@ _BOX = re.compile(r"[\u2500-\u257f]+")
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns a ConfigError into `error: ...` on stderr and exit status 2."""
+    """Turns an expected error into `error: ...` on stderr and its exit status: 2 for a mistake in the config."""
     try:
         yield
-    except ConfigError as error:
+    except EXPECTED as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(status_of(error)) from None
+
+
+def without_config(words: Sequence[str], doc: str | None, usage: str) -> int | None:
+    """None if a config stands first; else says how the command is used and returns its exit status."""
+    if words and not words[0].startswith("-"):
+        return None
+    asked = words[:1] in (["-h"], ["--help"])
+    print(f"{doc}\n{usage}" if asked else f"error: {usage}", file=sys.stderr)
+    return 0 if asked else 2
+
+
+def run_config(spec: str, words: Sequence[str], prog: str) -> "RunConfig":
+    """The RunConfig of the file with the words applied, checked; `prog` is the command, as in python -m launch.plan."""
+    from moe.train.run import RunConfig
+
+    base = load_function(spec)
+    if not isinstance(base, RunConfig):
+        raise ConfigError(f"config = {spec!r}: must return a RunConfig, got {type(base).__name__}")
+    return override(base, words, f"{prog} {spec}")
+
+
+def take(words: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """What the options `--NAME VALUE` or `--NAME=VALUE` of these names say, and the other words."""
+    found: dict[str, str] = {}
+    rest, left = [], list(words)
+    while left:
+        word = left.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in names:
+            rest.append(word)
+            continue
+        if not equals:
+            if not left or left[0].startswith("--"):
+                raise ConfigError(f"{name}: --{name} needs a value")
+            value = left.pop(0)
+        found[name] = value
+    return found, rest
 
 
 def load_function(spec: str, default: str = "get_config") -> object:
-    """Calls `path/to/file.py[:function]`, by default `get_config`, and returns what it returns."""
+    """Calls `path/to/file.py[:function]`, by default `get_config`; or loads `path/to/config.json`, a saved config."""
+    if spec.endswith(".json"):
+        return _load_saved(spec)
     path, _, name = spec.partition(":")
     name = name or default
     functions = load_functions(path)
@@ -43,6 +86,15 @@ def load_function(spec: str, default: str = "get_config") -> object:
         return functions[name]()
     except MISTAKES as error:
         raise _mistake(path, error) from error
+
+
+def _load_saved(path: str) -> object:
+    if not Path(path).is_file():
+        raise ConfigError(f"config = {path!r}: there is no such file")
+    try:
+        return load(Path(path))
+    except (*MISTAKES, ValueError, KeyError) as error:
+        raise ConfigError(f"config = {path!r}: is not a config of this version: {error}") from error
 
 
 def load_functions(path: str) -> dict[str, Callable[[], object]]:

@@ -1,5 +1,9 @@
 """How a run ended, for the scheduler that started it: the exit status says whether to start it again."""
 
+from moe.cluster.roll_call import Absent
+from moe.config import ConfigError
+from moe.train.failures import Damaged, Diverged, NotFinite, StorageError
+
 FINISHED = 0
 FAILED = 1
 """An error that nothing below names, with its traceback; starting again may help (counted)."""
@@ -16,3 +20,19 @@ STALLED = 76
 
 FINAL = (FINISHED, MISTAKE, NUMBERS, STORAGE)
 """After these nobody starts the run again by himself."""
+
+_OF: dict[type[Exception], int] = {
+    ConfigError: MISTAKE,
+    NotFinite: NUMBERS,
+    Diverged: NUMBERS,
+    Damaged: NUMBERS,
+    StorageError: STORAGE,
+    Absent: FAILED,
+}
+EXPECTED = tuple(_OF)
+"""Errors whose message says everything: one line, no traceback."""
+
+
+def status_of(error: Exception) -> int:
+    """The exit status for one of the `EXPECTED` errors."""
+    return next(status for kind, status in _OF.items() if isinstance(error, kind))

@@ -4,6 +4,11 @@
 class NotFinite(RuntimeError):
     """Too many updates in a row were skipped because loss or gradient was not finite."""
 
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
+        """The last of the steps whose update was skipped."""
+
 
 class Diverged(RuntimeError):
     """Devices that hold the same part of the state hold different values."""

@@ -5,7 +5,7 @@ record is on disk before a checkpoint of that step is: a run cut off at any mome
 no step missing and none doubled.
 """
 
-import dataclasses
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -14,22 +14,19 @@ from typing import Any, NamedTuple
 
 import jax
 
-from moe import axes
-from moe.config import ConfigError, check
-from moe.data import Corpus, TrainLoader, prepare
-from moe.plan.device_order import in_mesh_order
-from moe.train.checkpoint import Checkpoints, latest_step
-from moe.train.evaluate import Evaluator, mean_bits_per_byte
-from moe.train.load import check_fits, load_config, load_params
+from moe.cluster.group import Group
+from moe.train import events
+from moe.train.evaluate import mean_bits_per_byte
+from moe.train.failures import NotFinite
 from moe.train.metrics import MetricWriter
-from moe.train.place import local_rows, place
 from moe.train.progress import Progress
-from moe.train.record import Pending, Recorder, Trace, describe_balance
+from moe.train.record import Pending, Recorder, Trace
+from moe.train.replicas import check_replicas
+from moe.train.rollback import roll_back
 from moe.train.run import RunConfig
-from moe.train.state import TrainState, create_state, init_state, make_optimizer, state_shardings
-from moe.train.step import BATCH_LOGICAL
-from moe.train.steps import Steps
-from moe.train.workdir import check_workdir, open_workdir
+from moe.train.session import Session, watch
+from moe.train.state import TrainState
+from moe.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -42,144 +39,105 @@ class Outcome(NamedTuple):
     """False if `should_stop` ended it before the last step; the state is saved either way."""
 
 
-class _Session:
-    """What stays the same from the first step to the last."""
-
-    def __init__(self, config: RunConfig, workdir: Path, record: dict[str, Any]):
-        check(config)
-        check_workdir(workdir, config)
-        self.config, self.workdir = config, workdir
-        # Everything that can be wrong is asked before the corpus is built and before a device is touched.
-        num_tokens = config.data.tokenizer.build("data.tokenizer").vocab_size
-        if config.model.vocab_size < num_tokens:
-            raise ConfigError(
-                f"model.vocab_size = {config.model.vocab_size}: must be at least the {num_tokens} of data.tokenizer"
-            )
-        self.model = config.model.abstract()
-        self.tx = make_optimizer(config, self.model)
-        if config.init_from is not None:
-            check_fits(Path(config.init_from), config)
-        self.mesh = axes.make_mesh(config.mesh, in_mesh_order(config.mesh, jax.devices()))
-        self.batch_sharding = axes.sharding(self.mesh, BATCH_LOGICAL)
-        self.corpus: Corpus = prepare(config.data)
-        with jax.set_mesh(self.mesh):
-            self.shardings = state_shardings(config, self.model, self.tx, self.mesh)
-            shape = (config.accumulation, config.microbatch_size, config.data.seq_len + 1)
-            self._check_batch(shape)
-            self.rows = local_rows(self.batch_sharding, shape, 1)
-            self.step = Steps(config, self.model, self.tx, self.mesh, self.shardings)
-            self.evaluator = Evaluator(config, self.model, self.corpus, self.mesh)
-        if jax.process_index() == 0:
-            balance = describe_balance(config)
-            open_workdir(workdir, config, record | {"data_fingerprint": self.corpus.fingerprint, "balance": balance})
-            for name, what in balance.items():
-                log.info("balance rule %s: %s", name, what)
-        self.checkpoints = Checkpoints(workdir, config.checkpoint)
-        self.loader = TrainLoader(
-            self.corpus,
-            accumulation=config.accumulation,
-            batch_size=config.microbatch_size,
-            rows=self.rows,
-            seed=config.seed,
-            num_threads=config.data.num_threads,
-            prefetch=config.data.prefetch,
-        )
-
-    def start(self) -> TrainState:
-        """The state to go on from: the newest checkpoint, another run's parameters, or step 0."""
-        found = self.checkpoints.latest_step()
-        if found is not None:
-            make = lambda: init_state(self.config, self.tx, jax.random.key(0))  # noqa: E731
-            state, data = self.checkpoints.restore(found, make, self.shardings)
-            self.step.set_state(data)
-            self.loader.set_state(data)
-            return state
-        state = create_state(self.config, self.tx, self.shardings)
-        if self.config.init_from is None:
-            return state
-        source = Path(self.config.init_from)
-        params, _ = load_params(source, latest_step(source), load_config(source))
-        return dataclasses.replace(state, params=jax.device_put(params, self.shardings.params))
-
-    def batch(self) -> dict[str, jax.Array]:
-        """The next global batch, on the mesh."""
-        return place(next(self.loader), self.batch_sharding, self.rows, 1, self.config.microbatch_size)
-
-    def save(self, step: int, state: TrainState, bits_per_byte: float | None) -> None:
-        self.checkpoints.save(step, state, self.loader.get_state() | self.step.get_state(), bits_per_byte)
-
-    def close(self) -> None:
-        self.checkpoints.close()
-        self.loader.close()
-
-    def _check_batch(self, shape: tuple[int, ...]) -> None:
-        cuts = axes.size(self.mesh, axes.BATCH)
-        if shape[1] % cuts:
-            raise ConfigError(
-                f"batch_size = {self.config.batch_size}: a micro-batch of {shape[1]} sequences must be divisible by the"
-                f" {cuts} pieces of data * fsdp"
-            )
-        model = self.config.model
-        if model.pipeline is not None:  # as the config's own check, with `data` known
-            for field, limit in model.pipeline.mesh_problems(model.trunk, self.config.mesh.stages, shape[1], cuts):
-                raise ConfigError(f"model.{field}: {limit}")
-
-
 def train(
     config: RunConfig,
     workdir: Path,
     *,
+    group: Group | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     record: dict[str, Any] | None = None,
+    on_stall: Callable[[], None] | None = None,
 ) -> Outcome:
-    """Trains to the last step, or resumes the run in `workdir`; raises ConfigError before anything is written."""
-    session = _Session(config, workdir, record or {})
-    with jax.set_mesh(session.mesh):
+    """Trains to the last step, or resumes the run in `workdir`; raises ConfigError before anything is written.
+
+    With several processes each calls it, with the `group` that it joined. `should_stop` is asked once a step and must
+    say the same in each process. `on_stall` is called by the watchdog's thread once nothing has gone on for
+    `watchdog.stop_after_s`: it is to end the process. Without it a stall is only reported.
+    """
+    session = Session(config, workdir, record or {}, group or Group())
+    with jax.set_mesh(session.mesh), contextlib.ExitStack() as stack:
+        watchdog = stack.enter_context(watch(session, on_stall))
+        stack.callback(session.close)
+        stack.callback(watchdog.doing, "finishing the last save")
+        watchdog.doing("reading the newest checkpoint")
         state = session.start()
         start = int(state.step)
         if start:
             log.info("resumed at step %d", start)
-        with Progress(config.steps, start) as progress, MetricWriter(workdir, resume_step=start) as writer:
+        if start < config.steps:
+            session.events.write(events.RESUMED if start else events.STARTED, start)
+        outcome = _to_the_end(session, state, watchdog, should_stop)
+    if start < config.steps:
+        session.events.write(events.FINISHED if outcome.finished else events.PREEMPTED, outcome.step)
+    return outcome
+
+
+def _to_the_end(
+    session: Session, state: TrainState, watchdog: Watchdog, should_stop: Callable[[], bool]
+) -> Outcome:  # fmt: skip
+    """Runs on from `state`, and again from before the trouble as often as the config allows."""
+    while True:
+        config, start = session.config, int(state.step)
+        with contextlib.ExitStack() as stack:
+            writer = progress = None
+            if jax.process_index() == 0:
+                progress = stack.enter_context(Progress(config.steps, start))
+                writer = stack.enter_context(MetricWriter(session.workdir, resume_step=start))
+            trace = Trace(config.profile, session.workdir / "profile")
+            stack.callback(trace.close)
             try:
-                return _run(session, state, writer, progress, should_stop)
-            finally:
-                session.close()
+                return _run(session, state, Recorder(config, writer, progress), trace, watchdog, should_stop)
+            except NotFinite as error:
+                failure = error.with_traceback(None)  # lets go of the state: there may be no room for two
+        watchdog.doing("going back to before the trouble")
+        state = roll_back(session, failure)
 
 
 def _run(
-    session: _Session, state: TrainState, writer: MetricWriter, progress: Progress, should_stop: Callable[[], bool]
-) -> Outcome:
+    session: Session, state: TrainState, recorder: Recorder, trace: Trace, watchdog: Watchdog,
+    should_stop: Callable[[], bool],
+) -> Outcome:  # fmt: skip
     config = session.config
     step = int(state.step)
-    recorder, trace = Recorder(config, writer, progress), Trace(config.profile, session.workdir / "profile")
+    compare_at = step + config.cluster.verify_after
     pending: Pending | None = None
+
+    def numbers(pending: Pending) -> dict[str, Any]:
+        watchdog.doing(f"waiting for the numbers of step {pending.step}")
+        return session.step.observe(recorder.read(pending)) | session.position(pending.step)
+
     while step < config.steps:
         trace.before(step + 1)
         begin = time.perf_counter()
+        watchdog.doing(f"waiting for the batch of step {step + 1}")
         arrays = session.batch()
         waited = time.perf_counter() - begin
         step += 1
+        watchdog.doing(f"beginning step {step}")
         state, metrics = session.step(step, state, arrays)
         if pending is not None:
-            recorder.write(session.step.observe(recorder.read(pending)))
+            recorder.write(numbers(pending))
         pending = Pending(step, metrics, waited)
         trace.after(step, state.step)
         last, stopping = step == config.steps, should_stop()
         evaluates = config.evaluate.every > 0 and (step % config.evaluate.every == 0 or last)
         saves = last or stopping or step % config.checkpoint.every == 0
+        if saves or step == compare_at:
+            check_replicas(state)
         if not (evaluates or saves):
             continue
-        values, pending, bits_per_byte = session.step.observe(recorder.read(pending)), None, None
+        values, pending, bits_per_byte = numbers(pending), None, None
         if evaluates:
-            results = session.evaluator(state, config.evaluate.max_bytes)
+            results = session.evaluate(state, watchdog)
             bits_per_byte = mean_bits_per_byte(results)
             values |= {f"eval/bits_per_byte/{name}": result.bits_per_byte for name, result in results.items()}
             values["eval/bits_per_byte"] = bits_per_byte
         recorder.write(values)
         if saves:
-            session.save(step, state, bits_per_byte)
+            watchdog.doing(f"saving step {step}")
+            session.save(step, state, bits_per_byte, values["skipped_in_row"], must=last or stopping)
         recorder.restart()
         if stopping and not last:
-            progress.note(f"asked to stop: saved step {step}")
+            recorder.note(f"asked to stop: saved step {step}")
             return Outcome(step, False)
     return Outcome(step, True)

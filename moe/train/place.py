@@ -48,3 +48,9 @@ def _from(
         return array[to_local(index)]
 
     return jax.make_array_from_callback(shape, sharding, read)
+
+
+def from_host(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """A global array from one that every process holds whole, on whatever device."""
+    whole = np.asarray(leaf)
+    return _from(whole, whole.shape, sharding, lambda index: index)

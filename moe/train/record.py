@@ -23,9 +23,9 @@ class Pending(NamedTuple):
 
 
 class Recorder:
-    """Reads metrics from the device, adds the rates, writes them down. Only process 0 writes."""
+    """Reads metrics from the device, adds the rates, writes them down; without writer and progress only reads."""
 
-    def __init__(self, config: RunConfig, writer: MetricWriter, progress: Progress):
+    def __init__(self, config: RunConfig, writer: MetricWriter | None, progress: Progress | None):
         self._config, self._writer, self._progress = config, writer, progress
         self._flops = train_flops_per_token(config.model, config.data.seq_len)
         self._tokens = config.batch_size * config.data.seq_len
@@ -53,16 +53,23 @@ class Recorder:
     def write(self, values: dict[str, Any]) -> None:
         """Writes and shows a step's values; raises NotFinite once too many updates in a row were skipped."""
         step = values["step"]
-        if jax.process_index() == 0:
+        if self._writer is not None:
             self._writer.write(step, {name: value for name, value in values.items() if name != "step"})
+        if self._progress is not None:
             self._progress.update(step, values)
         if values["skipped_in_row"] >= self._config.max_skipped:
             raise NotFinite(
                 f"step {step}: loss or gradient was not finite in {values['skipped_in_row']} updates in a row"
                 f" (max_skipped = {self._config.max_skipped}); loss {values['loss']}, gradient norm"
                 f" {values['grad_norm']}, learning rate {values['learning_rate']}; the parameters are those of the last"
-                " good step"
+                " good step",
+                step,
             )
+
+    def note(self, what: str) -> None:
+        """Says something between two steps."""
+        if self._progress is not None:
+            self._progress.note(what)
 
     def restart(self) -> None:
         """Leaves out of the next step's time what was done since the last `read` (evaluating, saving)."""
@@ -99,5 +106,10 @@ class Trace:
     def after(self, step: int, result: jax.Array) -> None:
         if self._running and self._steps is not None and step >= self._steps[1]:
             jax.block_until_ready(result)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a trace that still runs."""
+        if self._running:
             jax.profiler.stop_trace()
             self._running = False

@@ -14,6 +14,7 @@ from moe.models import DecoderConfig
 from moe.optim import AdamWConfig
 from moe.routing.base import RouterConfig
 from moe.train.ladder import LadderConfig, at_capacity
+from moe.train.watchdog import WatchdogConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,21 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RollbackConfig:
+    """What a run does once `max_skipped` updates in a row were skipped, instead of ending at once."""
+
+    times: int = 0
+    """How often it may go back to the newest checkpoint from before the trouble; 0: it ends."""
+    skip_data: bool = False
+    """Go on with the data after the last skipped step; False: read the same data again."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from at_least(self, times=0)
+        if self.skip_data and not self.times:
+            yield "skip_data", "needs times of at least 1: without a rollback no data are skipped"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A training run."""
 
@@ -74,7 +90,9 @@ class RunConfig:
     init_from: str | None = None
     """Workdir of another run whose parameters this one starts from; step, optimizer and data start anew."""
     max_skipped: int = 10
-    """Updates in a row that may be skipped because loss or gradient is not finite, before the run stops."""
+    """Updates in a row that may be skipped because loss or gradient is not finite, before the run goes back or ends."""
+    rollback: RollbackConfig = RollbackConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from at_least(self, seed=0, steps=1, batch_size=1, accumulation=1, max_skipped=1)
@@ -147,7 +165,7 @@ class RunConfig:
         for prefix, sublayer in model.sublayers:
             divisible += [(prefix + field, size, axis) for field, size, axis in sublayer.divisible()]
         for path, size, axis in divisible:
-            if size % (cut := getattr(mesh, axis)):
+            if size % (cut := math.prod(getattr(mesh, name) for name in axis.split(" * "))):
                 yield f"model.{path}", f"must be divisible by mesh.{axis} = {cut}"
         if model.pipeline is not None:
             for field, limit in model.pipeline.mesh_problems(model.trunk, mesh.stages, self.microbatch_size, cuts):

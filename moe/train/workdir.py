@@ -13,20 +13,25 @@ import jax
 from moe import config as configs
 from moe.config import ConfigError
 from moe.train.load import CONFIG_NAME, load_config
+from moe.train.lock import Lock
 from moe.train.run import RunConfig
 
 RECORD_NAME = "run.json"
+LOCK_NAME = "lock"
 MAY_CHANGE = (
     "mesh.",
     "cluster.",
     "watchdog.",
+    "rollback.",
     "checkpoint.",
     "profile",
     "data.cache_dir",
     "data.num_threads",
     "data.prefetch",
+    "data.read_",
+    "data.verify",
 )
-"""What a resumed run may change: where and how it runs, never what it computes."""
+"""What a resumed run may change: where and how it runs, never what it computes (`rollback`: until that is used)."""
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "array-record")
 
 
@@ -35,7 +40,9 @@ def check_workdir(workdir: Path, config: RunConfig) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"workdir = '{workdir}': is a file")
     if not (workdir / CONFIG_NAME).is_file():
-        if workdir.is_dir() and any(workdir.iterdir()):
+        # A process killed while it opened the folder left no more than these, and no run.
+        begun = {LOCK_NAME, RECORD_NAME, f"{RECORD_NAME}.partial", f"{CONFIG_NAME}.partial"}
+        if workdir.is_dir() and any(path.name not in begun for path in workdir.iterdir()):
             raise ConfigError(f"workdir = '{workdir}': is not empty and is not the folder of a run; name another")
         return
     changes = [line for line in configs.diff(load_config(workdir), config) if not line.startswith(MAY_CHANGE)]
@@ -45,9 +52,23 @@ def check_workdir(workdir: Path, config: RunConfig) -> None:
         )
 
 
-def open_workdir(workdir: Path, config: RunConfig, record: dict[str, Any]) -> None:
-    """Makes the folder and writes config and record, each whole or not at all."""
+def check_shared(workdir: Path, config: RunConfig) -> None:
+    """ConfigError unless this process sees what process 0 has just written with `open_workdir`."""
+    if not (workdir / CONFIG_NAME).is_file() or configs.diff(load_config(workdir), config):
+        raise ConfigError(
+            f"workdir = '{workdir}': this host does not see the {CONFIG_NAME} that process 0 wrote there; a run over"
+            " several hosts needs a folder that all of them share"
+        )
+
+
+def open_workdir(workdir: Path, config: RunConfig, record: dict[str, Any]) -> Lock:
+    """Makes the folder and writes config and record, each whole or not at all.
+
+    Only one process may train in a folder: it keeps what this returns until it writes no more. ConfigError if another
+    process holds it.
+    """
     workdir.mkdir(parents=True, exist_ok=True)
+    lock = Lock(workdir / LOCK_NAME, f"workdir = '{workdir}'", "trains here")
     partial = workdir / f"{CONFIG_NAME}.partial"
     configs.save(config, partial)
     history = workdir / RECORD_NAME
@@ -57,6 +78,7 @@ def open_workdir(workdir: Path, config: RunConfig, record: dict[str, Any]) -> No
     history_partial.write_text(json.dumps({"starts": [*starts, start]}, indent=1) + "\n")
     history_partial.replace(history)
     partial.replace(workdir / CONFIG_NAME)
+    return lock
 
 
 def environment() -> dict[str, Any]:
