@@ -12,9 +12,9 @@ from moe import param
 from moe.config import ConfigError
 from moe.models import Decoder
 from moe.optim.adamw import parameter_paths
-from moe.train.checkpoint import latest_step, restore_parts
 from moe.train.loss import bias_of
 from moe.train.run import RunConfig
+from moe.train.saved import latest_step, restore_parts
 
 CONFIG_NAME = "config.json"
 

@@ -11,6 +11,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +20,8 @@ import numpy as np
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
+
+from moe.train.storage import storage_errors
 
 JSONL_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
@@ -38,16 +41,19 @@ class MetricWriter:
 
     Every `write` has reached the operating system when it returns: kill -9 loses at most the line in progress.
 
-    Raises: ValueError for a JSONL file that is damaged elsewhere than in its last line.
+    Raises: ValueError for a JSONL file that is damaged elsewhere than in its last line; StorageError where the disk
+    is full or not writable, in `write` too: the file then holds whole lines and no piece of another.
     """
 
     def __init__(self, workdir: Path, *, resume_step: int) -> None:
-        workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / JSONL_NAME
-        self._last_step = _cut(path, resume_step) if path.exists() else None
-        self._jsonl = path.open("a", encoding="ascii")
-        self._events = _EventFile(workdir / TENSORBOARD_NAME)
-        self._events.add(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._workdir = workdir
+        with storage_errors(f"no metrics can be written after step {resume_step}", workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+            path = workdir / JSONL_NAME
+            self._last_step = _cut(path, resume_step) if path.exists() else None
+            self._jsonl = path.open("ab", buffering=0)
+            self._events = _EventFile(workdir / TENSORBOARD_NAME)
+            self._events.add(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, metrics: Mapping[str, Metric]) -> None:
         """Appends the record of `step`; lists (one value a layer) become TensorBoard scalars `name/layer_0`, ...
@@ -65,11 +71,11 @@ class MetricWriter:
             raise ValueError("metrics['step']: the step is an argument of its own, not a metric")
         plain = {name: _plain(name, metrics[name]) for name in sorted(metrics)}
         record = {"step": step} | {name: _encode(value) for name, value in plain.items()}
-        self._jsonl.write(json.dumps(record, allow_nan=False) + "\n")
-        self._jsonl.flush()
-        self._last_step = step
         scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in _scalars(plain)]
-        self._events.add(Event(step=step, summary=Summary(value=scalars)))
+        with storage_errors(f"the metrics of step {step} are not written", self._workdir):
+            _append(self._jsonl, (json.dumps(record, allow_nan=False) + "\n").encode("ascii"))
+            self._last_step = step
+            self._events.add(Event(step=step, summary=Summary(value=scalars)))
 
     def close(self) -> None:
         self._jsonl.close()
@@ -117,6 +123,18 @@ def _cut(path: Path, resume_step: int) -> int | None:
         os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
     temporary.replace(path)
     return max((step for _, step in kept), default=None)
+
+
+def _append(file: FileIO, data: bytes) -> None:
+    """All of `data` at the end of the file, or nothing and OSError."""
+    end = file.seek(0, os.SEEK_END)
+    try:
+        written = 0
+        while written < len(data):  # the last bytes of a disk take a piece, and the next call says that it is full
+            written += file.write(data[written:])
+    except OSError:
+        file.truncate(end)
+        raise
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -168,7 +186,7 @@ class _EventFile:
         payload = event.SerializeToString()
         length = struct.pack("<Q", len(payload))
         checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, payload)]
-        self._file.write(length + checksums[0] + payload + checksums[1])
+        _append(self._file, length + checksums[0] + payload + checksums[1])
 
     def close(self) -> None:
         self._file.close()
