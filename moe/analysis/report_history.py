@@ -5,13 +5,17 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from moe.analysis.markdown import number, table
 from moe.analysis.plots import save_figure
 from moe.analysis.plots_history import Curve, draw_histogram, draw_loss, draw_rows, draw_validation
 from moe.analysis.run_files import RunFiles, curve, layer_curve
+from moe.train.events import FINISHED, STARTED
 
 _EVAL_KEY = "eval/bits_per_byte"
 _BIN_KEY = "load/histogram/from_"
 _LOAD = ("max_violation", "entropy", "dropped", "idle_max")
+_MANY = 30
+"""Events that the report shows at most."""
 PICTURES = ("training.png", "load.png", "histogram.png", "router.png")
 
 
@@ -33,6 +37,19 @@ def training(folder: Path, run: RunFiles) -> list[str]:
     save_figure(folder / "training.png", (14 if domains else 8, 5.5), draw)
     missing = [] if domains else ["This run was not evaluated while it trained."]
     return ["## Training", *missing, "![training loss and validation bits per byte](training.png)"]
+
+
+def events(run: RunFiles) -> list[str]:
+    """What happened beside training; nothing for a run that began and finished."""
+    if all(entry["event"] in (STARTED, FINISHED) for entry in run.events):
+        return []
+    rows = []
+    for entry in run.events[-_MANY:]:
+        more = ", ".join(f"{key} {value}" for key, value in entry.items() if key not in ("time", "event", "step"))
+        rows.append([entry["time"], number(entry.get("step")), entry["event"], more.replace("|", "/") or "–"])
+    left = len(run.events) - len(rows)
+    heading = ["## Events", *([f"The last {len(rows)}; {left} came before them."] if left else [])]
+    return [*heading, table(["time", "step", "event", "more"], rows, words_last=True)]
 
 
 def load_over_time(folder: Path, run: RunFiles) -> list[str]:

@@ -6,6 +6,7 @@ from moe.data.files import FilesConfig
 from moe.data.folder import FolderConfig
 from moe.data.loader import TrainLoader
 from moe.data.mixture import MixtureConfig
+from moe.data.reading import DataError
 from moe.data.registered import TfdsConfig
 from moe.data.sources import SourceConfig
 from moe.data.stdlib import StdlibConfig
@@ -15,6 +16,7 @@ __all__ = [
     "ByteConfig",
     "Corpus",
     "DataConfig",
+    "DataError",
     "FilesConfig",
     "FolderConfig",
     "HuggingFaceConfig",

@@ -32,9 +32,16 @@ class DataConfig:
     """Threads that read ahead; they do not change the data."""
     prefetch: int = 16
     """Global steps kept ready; does not change the data."""
+    read_retries: int = 4
+    """Times that a read which failed is tried again before the run ends."""
+    read_backoff_s: float = 1.0
+    """Seconds before the first of these; doubled for each further one."""
+    verify: bool = True
+    """Compare packed tokens with their checksums at every start; False: only their lengths."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from at_least(self, seq_len=8, shuffle_seed=0, num_threads=0, prefetch=0)
+        yield from at_least(self, read_retries=0, read_backoff_s=0)
         if self.shuffle_seed >= 2**32:
             yield "shuffle_seed", f"must be below 2**32 = {2**32}"
         if not 0 < self.validation_fraction <= 0.5:

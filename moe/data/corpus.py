@@ -1,5 +1,6 @@
 """A prepared corpus: the training sequences in their global order, and the held-out text of each domain."""
 
+import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ import numpy as np
 
 from moe.config import ConfigError, check
 from moe.data.config import DataConfig
-from moe.data.documents import TextColumn
+from moe.data.documents import DocumentSplits, TextColumn
 from moe.data.packing import Stream, Windows, pack, pack_to_disk
+from moe.data.reading import DataError, Patience
+from moe.data.sources import Leaf
 from moe.data.tokenizer import Tokenizer
 
 
@@ -100,7 +103,8 @@ class Corpus:
 def prepare(config: DataConfig) -> Corpus:
     """Builds what is not in the cache yet and opens the corpus; idempotent, and safe to run in several processes.
 
-    Raises ConfigError for a bad config or input that cannot be read.
+    Raises ConfigError for a bad config or input that cannot be read, DataError for a cache that cannot be read or
+    written, or whose files are not what was written.
     """
     check(config, "data")
     tokenizer = config.tokenizer.build("data.tokenizer")
@@ -110,13 +114,11 @@ def prepare(config: DataConfig) -> Corpus:
     except OSError as error:
         raise ConfigError(f"data.cache_dir = {config.cache_dir!r}: cannot be made ({error.strerror})") from error
     leaves = list(config.source.leaves("data.source"))
-    prepared = []
-    for leaf in leaves:
-        splits = leaf.source.open(leaf.where, cache, config.validation_fraction)
-        streams = pack_to_disk(splits.train, tokenizer, cache, splits.fingerprint, config.shuffle_seed)
-        if not streams:
-            raise ConfigError(f"{leaf.where}: has no text to train on")
-        prepared.append((splits, streams))
+    try:
+        prepared = [_prepare(leaf, config, tokenizer, cache) for leaf in leaves]
+    except OSError as error:
+        where = error.filename or cache
+        raise DataError(f"{where}: {error.strerror or error}; nothing half-made is left in data.cache_dir") from error
     counts = Counter(stream.domain for _, streams in prepared for stream in streams)
     domains = {}
     for index, (leaf, (splits, streams)) in enumerate(zip(leaves, prepared, strict=True)):
@@ -131,6 +133,19 @@ def prepare(config: DataConfig) -> Corpus:
     parts += [(name, domain.weight) for name, domain in domains.items()]
     fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     return Corpus(domains, tokenizer, config.seq_len, fingerprint)
+
+
+def _prepare(leaf: Leaf, config: DataConfig, tokenizer: Tokenizer, cache: Path) -> tuple[DocumentSplits, list[Stream]]:
+    """The documents of one source and the packed streams of its domains."""
+    patience = Patience(config.read_retries, config.read_backoff_s)
+    splits = leaf.source.open(leaf.where, cache, config.validation_fraction)
+    train, validation = (dataclasses.replace(part, patience=patience) for part in (splits.train, splits.validation))
+    streams = pack_to_disk(
+        train, tokenizer, cache, splits.fingerprint, config.shuffle_seed, patience=patience, content=config.verify
+    )
+    if not streams:
+        raise ConfigError(f"{leaf.where}: has no text to train on")
+    return DocumentSplits(splits.fingerprint, train, validation), streams
 
 
 def _seed(seed: int, name: str) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from moe.config import ConfigError
+from moe.data.reading import DataError, Patience
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,10 @@ class TextColumn:
     source: Any
     text_field: str
     domain: str | None = None
+    place: str = ""
+    again: str = ""
+    """Where it lies and how it is made again, for the error message."""
+    patience: Patience = Patience()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -54,10 +59,23 @@ class TextColumn:
         return {domain: np.array(members[domain]) for domain in sorted(members)}
 
     def read(self, indices: Sequence[int] | np.ndarray) -> Iterator[tuple[str, str]]:
-        """(domain, text) of the records at `indices`, read in chunks of 256."""
+        """(domain, text) of the records at `indices`, read in chunks of 256; DataError if they cannot be read."""
         for start in range(0, len(indices), 256):
-            for record in self.source.__getitems__([int(i) for i in indices[start : start + 256]]):
+            records = self._records([int(i) for i in indices[start : start + 256]])
+            for record in records:
                 yield self.domain or record["domain"].decode(), record[self.text_field].decode(errors="replace")
+
+    def _records(self, indices: list[int]) -> list[Any]:
+        def attempt() -> list[Any]:
+            found: list[Any] = self.source.__getitems__(indices)
+            if any(record[self.text_field] is None for record in found):  # what a file that was cut short gives
+                raise OSError("the file ends too early")
+            return found
+
+        try:  # Riegeli's own checksums raise RuntimeError
+            return self.patience.read(self.place, attempt, RuntimeError)
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"{self.place}: cannot be read ({str(error).splitlines()[0]}); {self.again}") from error
 
 
 class DocumentSplits(NamedTuple):
@@ -81,11 +99,13 @@ def prepare_documents(
         logger.info("%s: building the dataset in %s", where, folder)
         with building(folder) as temporary:
             _build(read, temporary, where, validation_fraction)
-    with quiet():
-        train, validation = (
-            TextColumn(tfds.data_source(DATASET, data_dir=folder, split=split), "text")
-            for split in ("train", "validation")
-        )
+    again = "delete it and it is built again"
+    try:
+        with quiet():
+            sources = [tfds.data_source(DATASET, data_dir=folder, split=split) for split in ("train", "validation")]
+    except (OSError, RuntimeError, ValueError, LookupError, tfds.core.DatasetNotFoundError) as error:
+        raise DataError(f"{folder}: cannot be opened ({str(error).strip().splitlines()[0]}); {again}") from error
+    train, validation = (TextColumn(source, "text", place=str(folder), again=again) for source in sources)
     return DocumentSplits(fingerprint, train, validation)
 
 

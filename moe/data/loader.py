@@ -9,6 +9,7 @@ import numpy as np
 
 from moe.config import ConfigError
 from moe.data.corpus import Corpus
+from moe.data.reading import DataError
 
 
 class _Steps(Sequence):
@@ -66,9 +67,22 @@ class TrainLoader(Iterator[dict[str, np.ndarray]]):
         self._next_step = 0
 
     def __next__(self) -> dict[str, np.ndarray]:
-        batch = next(self._iterator)
+        try:
+            batch = next(self._iterator)
+        except DataError as error:
+            raise DataError(f"the batch of data step {self._next_step + 1}: {error}") from error
         self._next_step += 1
         return batch
+
+    @property
+    def next_step(self) -> int:
+        """The step that comes next, counted from 0 in steps of data: what `seek` takes."""
+        return self._next_step
+
+    def seek(self, next_step: int) -> None:
+        """Goes to a step of the data: the batch that comes next is that of `next_step`."""
+        self._next_step = next_step
+        self._iterator.set_state({"next_index": next_step})
 
     def get_state(self) -> dict[str, Any]:
         """JSON data, the same on every process: the step that comes next, and what it was counted in."""
@@ -82,8 +96,7 @@ class TrainLoader(Iterator[dict[str, np.ndarray]]):
                     f"data: {name} = {mine!r}: the saved position has {state.get(name)!r}; go on with the data, seed "
                     "and sequences per step it was saved with, or start anew"
                 )
-        self._next_step = int(state["next_step"])
-        self._iterator.set_state({"next_index": self._next_step})
+        self.seek(int(state["next_step"]))
 
     def close(self) -> None:
         """Stops the reading threads; the loader cannot be used after it."""

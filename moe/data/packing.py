@@ -5,27 +5,30 @@ token, so that every token but the first of the stream is the target of exactly 
 """
 
 import hashlib
+import io
 import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moe.data.documents import TextColumn, building
+from moe.data.reading import Checksums, DataError, Patience, TokenFile, checksums, verify
 from moe.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # part of the cache key: raise it when the same documents are packed in another way
+FORMAT = 2  # part of the cache key: raise it when the same documents are packed or recorded in another way
+INDEX = "domains.json"
 
 
 class Stream(NamedTuple):
     """The documents of a domain, one behind the other."""
 
     domain: str
-    tokens: np.ndarray  # integers [n]
+    tokens: np.ndarray | TokenFile  # integers [n]
     starts: np.ndarray  # int64 [documents + 1], where each document starts; the last one is n
     num_bytes: int  # of text in UTF-8
 
@@ -78,10 +81,14 @@ def pack(texts: list[str], tokenizer: Tokenizer, domain: str) -> Stream:
     return Stream(domain, np.concatenate(framed), starts, sum(len(text.encode()) for text in texts))
 
 
-def pack_to_disk(column: TextColumn, tokenizer: Tokenizer, cache: Path, documents: str, seed: int) -> list[Stream]:
-    """The streams of all domains of `column`, sorted by domain, memory-mapped from `cache`; built if not there.
+def pack_to_disk(
+    column: TextColumn, tokenizer: Tokenizer, cache: Path, documents: str, seed: int,
+    *, patience: Patience, content: bool,
+) -> list[Stream]:  # fmt: skip
+    """The streams of all domains of `column`, sorted by domain, read from `cache`; built if not there.
 
-    The documents of a domain are shuffled once by `seed`. `documents` is the fingerprint of what `column` holds.
+    The documents of a domain are shuffled once by `seed`. `documents` is the fingerprint of what `column` holds. Raises
+    DataError if a file is not as long as it was written or, unless `content` is False, has not the same bytes.
     """
     key = hashlib.sha256(f"{FORMAT} {documents} {tokenizer.fingerprint} {seed}".encode()).hexdigest()[:16]
     folder = cache / f"tokens-{key}"
@@ -89,22 +96,35 @@ def pack_to_disk(column: TextColumn, tokenizer: Tokenizer, cache: Path, document
         with building(folder) as temporary:
             _write(column, tokenizer, temporary, seed)
     streams = []
-    for index, (domain, num_bytes) in enumerate(json.loads((folder / "domains.json").read_text())):
-        # Plain views: slicing a memmap costs more than building the window.
-        tokens = np.asarray(np.memmap(folder / f"{index}.tokens", _dtype(tokenizer), mode="r"))
-        starts = np.asarray(np.load(folder / f"{index}.starts.npy", mmap_mode="r"))
+    for index, (domain, num_bytes, *written) in enumerate(_read_index(folder, patience)):
+        paths = folder / f"{index}.tokens", folder / f"{index}.starts.npy"
+        for path, (size, crc32) in zip(paths, written, strict=True):
+            verify(path, Checksums(size, crc32), patience, content=content)
+        tokens = TokenFile(paths[0], _dtype(tokenizer), domain, patience)
+        starts = np.load(io.BytesIO(patience.read(str(paths[1]), paths[1].read_bytes)))
         streams.append(Stream(domain, tokens, starts, num_bytes))
     return streams
 
 
+def _read_index(folder: Path, patience: Patience) -> list[Any]:
+    """Per domain: its name, bytes of text, and the checksums of its two files."""
+    path = folder / INDEX
+    try:
+        found: list[Any] = json.loads(patience.read(str(path), path.read_text))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); delete {folder} and it is built again") from error
+    return found
+
+
 def _write(column: TextColumn, tokenizer: Tokenizer, folder: Path, seed: int) -> None:
-    domains: list[tuple[str, int]] = []
+    domains: list[tuple[str, int, Checksums, Checksums]] = []
     for domain, members in column.domains().items():
         # RandomState because numpy promises that its results never change; the cache key has no numpy version.
         order = np.random.RandomState(seed).permutation(members)
         stem = folder / str(len(domains))
+        packed, beginnings = stem.with_suffix(".tokens"), stem.with_suffix(".starts.npy")
         starts, num_bytes = [0], 0
-        with stem.with_suffix(".tokens").open("wb") as file:
+        with packed.open("wb") as file:
             for _, text in column.read(order):
                 if not text.strip():
                     continue
@@ -112,11 +132,11 @@ def _write(column: TextColumn, tokenizer: Tokenizer, folder: Path, seed: int) ->
                 file.write(tokens.astype(_dtype(tokenizer)).tobytes())
                 starts.append(starts[-1] + len(tokens))
                 num_bytes += len(text.encode())
-        np.save(stem.with_suffix(".starts.npy"), np.array(starts, np.int64))
+        np.save(beginnings, np.array(starts, np.int64))
         if num_bytes:
-            domains.append((domain, num_bytes))
+            domains.append((domain, num_bytes, checksums(packed), checksums(beginnings)))
             logger.info("domain %r: packed %d documents into %.2f M tokens", domain, len(starts) - 1, starts[-1] / 1e6)
-    (folder / "domains.json").write_text(json.dumps(domains))
+    (folder / INDEX).write_text(json.dumps(domains))
 
 
 def _dtype(tokenizer: Tokenizer) -> type[np.unsignedinteger]:

@@ -69,11 +69,14 @@ class TfdsConfig(SourceConfig):
     def open(self, where: str, cache: Path, validation_fraction: float) -> DocumentSplits:
         self.check(where)
         domain = self.name.partition(":")[0].replace("/", "-")
+        again = "unless the disk is to blame, prepare it again"
         with quiet():
-            train, validation = (
-                TextColumn(tfds.data_source(self.name, split=split, data_dir=self._data_dir()), self.text_field, domain)
+            sources = [
+                tfds.data_source(self.name, split=split, data_dir=self._data_dir())
                 for split in (self.split_train, self.split_validation)
-            )
+            ]
+        place = f"{self.name} in {self._data_dir()}"
+        train, validation = (TextColumn(source, self.text_field, domain, place, again) for source in sources)
         return DocumentSplits(self.fingerprint(where)[:16], train, validation)
 
     def _data_dir(self) -> Path:

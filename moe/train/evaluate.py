@@ -95,16 +95,23 @@ class Evaluator:
         self.measure = jax.jit(measure, out_shardings=axes.sharding(mesh, ()))
         self._bias = jax.jit(lambda states: bias_of(model, config.balance, states))
 
-    def __call__(self, state: TrainState, max_bytes: int) -> dict[str, DomainResult]:
-        """Results for every domain of the corpus, each on at most `max_bytes` held-out bytes."""
-        return self.of(state.params, self._bias(state.balance), max_bytes, step=state.step)
+    def __call__(
+        self, state: TrainState, max_bytes: int, begins: Callable[[str], None] = lambda domain: None
+    ) -> dict[str, DomainResult]:
+        """Results for every domain of the corpus, each on at most `max_bytes` bytes; `begins` hears of each."""
+        return self.of(state.params, self._bias(state.balance), max_bytes, step=state.step, begins=begins)
 
     def of(
-        self, params: Any, bias_LE: jax.Array, max_bytes: int, watch: Watch | None = None, *, step: jax.Array | np.int32
-    ) -> dict[str, DomainResult]:
+        self, params: Any, bias_LE: jax.Array, max_bytes: int, watch: Watch | None = None, *,
+        step: jax.Array | np.int32, begins: Callable[[str], None] = lambda domain: None,
+    ) -> dict[str, DomainResult]:  # fmt: skip
         """The same for parameters and bias that come from elsewhere, of `step`; `watch` sees every batch go by."""
         state = (params, bias_LE, step)
-        return {name: self._domain(state, name, max_bytes, watch) for name in self._corpus.domains}
+        found = {}
+        for name in self._corpus.domains:
+            begins(name)
+            found[name] = self._domain(state, name, max_bytes, watch)
+        return found
 
     def _domain(
         self, state: tuple[Any, jax.Array, Any], name: str, max_bytes: int, watch: Watch | None

@@ -25,7 +25,7 @@ class TrainState:
     """State of each balance rule, by its name; the expert bias lives here."""
     opt_state: Any
     step: jax.Array
-    """int32 batches consumed: the data position too."""
+    """int32 batches consumed: the data position too, but for what rollbacks skipped (`Session.offset`)."""
     key: jax.Array
     """The run's random key; never changes, everything folds the step into it."""
     skipped: jax.Array

@@ -1,5 +1,6 @@
 """The compiled step of a run; with a ladder of capacities, one for every rung that is climbed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import optax
@@ -24,6 +25,8 @@ class Steps:
         self._ladder = Ladder(config.ladder) if config.ladder is not None else None
         self._compiled: dict[float | None, Any] = {}
         self._capacities: dict[int, float] = {}
+        self.compiles: Callable[[int], None] = lambda number: None
+        """Is told a step's number before its program is compiled."""
 
     def __call__(self, number: int, state: TrainState, arrays: Arrays) -> tuple[TrainState, Metrics]:
         """Step `number` of the run, counted from 1."""
@@ -31,6 +34,7 @@ class Steps:
         if capacity is not None:
             self._capacities[number] = capacity
         if capacity not in self._compiled:
+            self.compiles(number)
             self._compiled[capacity] = self._compile(capacity)
         found: tuple[TrainState, Metrics] = self._compiled[capacity](state, arrays)
         return found
@@ -47,7 +51,12 @@ class Steps:
         return {} if self._ladder is None else {"ladder": self._ladder.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        if self._ladder is not None and "ladder" in state:
+        """Goes to the state of a checkpoint; `{}`: to the start of the run."""
+        self._capacities = {}
+        if self._config.ladder is None:
+            return
+        self._ladder = Ladder(self._config.ladder)
+        if "ladder" in state:
             self._ladder.set_state(state["ladder"])
 
     def _compile(self, capacity: float | None) -> Any:

@@ -73,7 +73,7 @@ def test_documents_are_shuffled_before_packing(texts, config):
 def test_training_never_sees_validation_text(stdlib):
     for domain in ("headers", "tables"):
         training = stdlib._domains[domain].train
-        train_text = stdlib.tokenizer.decode(training.tokens)
+        train_text = stdlib.tokenizer.decode(training.tokens[:])
         for _, text in stdlib._domains[domain].validation.read(stdlib._domains[domain].documents):
             assert text not in train_text
 
@@ -137,5 +137,5 @@ def test_large_vocabularies_are_stored_in_four_bytes(config, tmp_path):
     tokenizer = HuggingFaceConfig(path=str(tmp_path / "tokenizer.json"))
     corpus = prepare(dataclasses.replace(config, tokenizer=tokenizer))
     assert corpus.tokenizer.vocab_size == 65603
-    stream = corpus._domains["low"].train.tokens
+    stream = corpus._domains["low"].train.tokens[:]
     assert stream.dtype == np.uint32 and (stream == 65600).any() and stream.max() == corpus.tokenizer.eos

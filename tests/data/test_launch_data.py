@@ -64,6 +64,17 @@ def test_describe(texts, tmp_path, capsys):
     assert "QRSTUVWXYZ" in lines[1] and "abcdefghij" in lines[2]
 
 
+def test_a_harmed_cache_is_answered_in_one_line(texts, tmp_path, capsys):
+    arguments = ["describe", "--folder", str(texts), "--cache-dir", str(tmp_path / "cache")]
+    assert main(arguments) == 0
+    capsys.readouterr()
+    [packed] = (tmp_path / "cache").rglob("1.tokens")
+    packed.write_bytes(packed.read_bytes()[:-1])
+    assert main(arguments) == 74
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(str(packed)) and line.endswith("and it is built again")
+
+
 def test_describe_answers_mistakes_in_one_line(tmp_path, capsys):
     assert main(["describe", "--folder", str(tmp_path / "absent")]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -14,7 +14,7 @@ from moe.data import stdlib as module
 def texts(corpus, domain):
     """The held-out documents and the training text of a domain."""
     part = corpus._domains[domain]
-    return [text for _, text in part.validation.read(part.documents)], corpus.tokenizer.decode(part.train.tokens)
+    return [text for _, text in part.validation.read(part.documents)], corpus.tokenizer.decode(part.train.tokens[:])
 
 
 def test_domains_and_sizes(stdlib):
