@@ -5,6 +5,7 @@ import dataclasses
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,9 @@ Action = WriteFile | Command
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Backend(abc.ABC):
     """Where a job runs. Fields are what the command line sets; none has the name of a field of RunConfig."""
+
+    same_files: ClassVar[bool] = False
+    """Whether the job sees this machine's files, so that its workdir and its data can be looked at before it starts."""
 
     dry_run: bool = False
     """Print exactly what would be written and run, and stop."""
