@@ -23,6 +23,7 @@ for _level in (
     ["moe.models"],
     ["moe.optim", "moe.data", "moe.upcycle", "moe.interop", "moe.plan", "moe.cluster"],
     ["moe.train"],
+    ["moe.sweep"],
     ["moe.analysis"],
     ["configs"],
     ["launch"],

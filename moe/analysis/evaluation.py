@@ -17,11 +17,12 @@ from moe.analysis.choices import ChoiceStudy
 from moe.config import ConfigError
 from moe.data import Corpus, prepare
 from moe.plan.parameters import count
-from moe.train.checkpoint import saved_steps
 from moe.train.evaluate import DomainResult, Evaluator
 from moe.train.load import load
 from moe.train.metrics import JSONL_NAME, read_metrics
 from moe.train.run import RunConfig
+from moe.train.saved import saved_steps
+from moe.train.session import readable
 
 FILE_NAME = "evaluation.json"
 PAIRS_NAME = "pairs.npz"
@@ -44,7 +45,7 @@ def evaluate_run(
     config = run.config
     earlier = [other for other in saved if other < run.step]
     against = earlier[-1] if against is None and earlier else against
-    corpus = prepare(config.data)
+    corpus = readable(lambda: prepare(config.data))()
     mesh = axes.make_mesh(axes.MeshConfig(), jax.local_devices()[:1])
     limit = config.evaluate.final_max_bytes if max_bytes is None else max_bytes
     with jax.set_mesh(mesh):

@@ -15,7 +15,8 @@ def number(value: Any) -> str:
     return f"{value:,.4f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The first column to the left, the others to the right."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, words_last: bool = False) -> str:
+    """The first column to the left, and the last one if it holds words; the others to the right."""
     align = ["---", *["---:"] * (len(header) - 1)]
+    align[-1] = "---" if words_last else align[-1]
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, align, *rows))

@@ -41,6 +41,7 @@ def write_report(workdir: Path) -> Path:
         *_overview(folder, run),
         *_setup(run),
         *_compression(folder, run),
+        *report_history.events(run),
         *report_history.training(folder, run),
         *report_history.load_over_time(folder, run),
         *report_routing.specialisation(folder, run),
@@ -49,7 +50,9 @@ def write_report(workdir: Path) -> Path:
     ]
     path = folder / "report.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
+    partial = workdir / "summary.json.partial"  # whole or not at all: it says that the run is finished
+    partial.write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
+    partial.replace(workdir / "summary.json")
     return path
 
 

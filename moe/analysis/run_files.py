@@ -9,6 +9,7 @@ import numpy as np
 
 from moe.analysis.plots import Array
 from moe.analysis.plots_history import Curve
+from moe.train.events import read_events
 from moe.train.metrics import JSONL_NAME, read_metrics
 
 
@@ -25,6 +26,8 @@ class RunFiles(NamedTuple):
     start: dict[str, Any]
     """How the run was last started: versions, balance rules."""
     pairs_LEE: Array | None
+    events: list[dict[str, Any]]
+    """What happened beside training; `moe.train.events`."""
 
     @property
     def loads(self) -> dict[str, list[Array]]:
@@ -74,6 +77,7 @@ def read_run(workdir: Path) -> RunFiles:
         config=read_json(workdir / "config.json"),
         start=starts[-1] if starts else {},
         pairs_LEE=pairs_LEE,
+        events=_read_events(workdir),
     )
 
 
@@ -107,6 +111,13 @@ def _read_records(workdir: Path) -> list[dict[str, Any]]:
     if not records:
         raise ReportError(f"{path} has no records yet")
     return records
+
+
+def _read_events(workdir: Path) -> list[dict[str, Any]]:
+    try:
+        return read_events(workdir)
+    except ValueError as error:
+        raise ReportError(str(error)) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from moe.analysis.plots import moving_average
 from moe.analysis.plots_routing import expert_order
 from moe.analysis.report import write_report
 from moe.analysis.run_files import ReportError, curve
+from moe.train import events
 from moe.train.metrics import MetricWriter
 from tests.analysis.made_run import PICTURES, make_large, make_run
 
@@ -193,6 +194,23 @@ def test_the_report_names_any_router_and_says_what_each_balance_rule_did(tmp_pat
     # Agreement and top-k sum are those of the evaluation: floor K / E = 2 / 16.
     assert "| 1 | 0.9000 | 0.8500 | 0.2000 |" in text
     assert "| 2 | 0.1250 | 0.2000 | 0.2000 | 0.2000 | 0.2000 | 0.2000 |" in text
+
+
+def test_events_are_shown_once_there_is_more_than_start_and_finish(tmp_path: Path) -> None:
+    def write(*names: str) -> str:
+        lines = [{"time": f"t{n}", "event": name, "step": n} for n, name in enumerate(names)]
+        (workdir / events.NAME).write_text("".join(json.dumps(line | {"to": 1}) + "\n" for line in lines))
+        return write_report(workdir).read_text()
+
+    workdir = make_run(tmp_path, steps=3)
+    assert "## Events" not in write_report(workdir).read_text() + write(events.STARTED, events.FINISHED)
+    text = write(events.STARTED, events.ROLLBACK, events.FINISHED)
+    assert "## Events" in text and "| t1 | 1 | rollback | to 1 |" in text
+    text = write(*[events.RESUMED] * 35)
+    assert "The last 30; 5 came before them." in text and "| t5 |" in text and "| t4 |" not in text
+    (workdir / events.NAME).write_text("x\n")
+    with pytest.raises(ReportError, match=r"events.jsonl:1: not an event"):
+        write_report(workdir)
 
 
 def test_expert_order_makes_a_staircase() -> None:

@@ -19,10 +19,10 @@ def write_text(root: Path) -> Path:
     return root
 
 
-def command(text: Path, workdir: Path, *flags: str) -> list[str]:
+def command(text: Path, workdir: Path, *flags: str, config: str = "configs/debug.py:folder") -> list[str]:
     """The debug run on a folder of text, its cache beside the text."""
     return [
-        sys.executable, "-m", "launch.train", "configs/debug.py:folder", "--workdir", str(workdir),
+        sys.executable, "-m", "launch.train", config, "--workdir", str(workdir),
         "--data.source.path", str(text), "--data.cache-dir", f"{text}-cache", "--data.validation-fraction", "0.2",
         *flags,
     ]  # fmt: skip
@@ -40,11 +40,14 @@ def environment(text: Path, devices: int = 1) -> dict[str, str]:
     }
 
 
-def run(text: Path, workdir: Path, *flags: str, devices: int = 1, status: int = 0) -> str:
+def run(
+    text: Path, workdir: Path, *flags: str, devices: int = 1, status: int = 0, config: str = "configs/debug.py:folder"
+) -> str:
     """Runs it to its end and returns what it said."""
     done = subprocess.run(
-        command(text, workdir, *flags), env=environment(text, devices), capture_output=True, text=True, timeout=300
-    )
+        command(text, workdir, *flags, config=config),
+        env=environment(text, devices), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
     assert done.returncode == status, done.stderr[-3000:]
     return done.stdout + done.stderr
 

@@ -9,7 +9,7 @@ import pytest
 
 import moe
 from moe.optim.adamw import parameter_paths
-from moe.train.checkpoint import latest_step
+from moe.train.saved import latest_step
 from tests.launch.runs import reproducible, run
 
 SHORT = ("--steps", "12", "--checkpoint.every", "4", "--evaluate.every", "4", "--optim.schedule.warmup-steps", "2")
