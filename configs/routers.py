@@ -1,10 +1,10 @@
 """Every router once, on one small run: the quickstart's model and text, 300 steps of 16 sequences of 128 bytes.
 
     python -m launch.train configs/routers.py:top_k
-    python -m launch.compare --configs configs/routers.py --workdir runs/routers --page docs/results/routers.md
+    python -m launch.sweep configs/sweeps/routers.py --workdir runs/routers
 
 All have 3 layers, a shared expert of width 128 and experts of width 128, 2 of 8 for a token; a router that takes one
-has 4 of width 256. Balance rules are those of the router's own paper where it has any. Results, with `--seeds 0 1`:
+has 4 of width 256. Balance rules are those of the router's own paper where it has any. Results, with two seeds:
 docs/results/routers.md.
 """
 

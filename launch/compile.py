@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.cli import load_function, one_line_errors, override
-from moe.config import ConfigError
+from launch.cli import one_line_errors, run_config, without_config
+from moe.config import ConfigError, check
 
 if TYPE_CHECKING:
     from moe.train.run import RunConfig
@@ -40,9 +40,8 @@ QUIET = {
 
 def main(words: list[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else words
-    if not words or words[0].startswith("-"):
-        print(f"{__doc__}\n{USAGE}" if words[:1] in (["-h"], ["--help"]) else f"error: {USAGE}", file=sys.stderr)
-        return 0 if words[:1] in (["-h"], ["--help"]) else 2
+    if (status := without_config(words, __doc__, USAGE)) is not None:
+        return status
     with one_line_errors():
         spec, given, rest = words[0], *_take(words[1:])
         if "--topology" not in given:
@@ -74,13 +73,7 @@ def quietly() -> None:
 
 def configured(spec: str, words: Sequence[str], dropless: bool) -> "RunConfig":
     """The config of the file with the words applied, and, if asked for, exchanges that drop nothing."""
-    from moe.config import check
-    from moe.train.run import RunConfig
-
-    base = load_function(spec)
-    if not isinstance(base, RunConfig):
-        raise ConfigError(f"config = {spec!r}: must return a RunConfig, got {type(base).__name__}")
-    config = override(base, words, f"python -m launch.compile {spec}")
+    config = run_config(spec, words, "python -m launch.compile")
     if dropless:
         config = without_drops(config)
         check(config)

@@ -14,10 +14,12 @@ import tensorflow_datasets as tfds
 import tyro
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from launch import exits
 from moe.config import ConfigError
 from moe.data import (
     ByteConfig,
     DataConfig,
+    DataError,
     FilesConfig,
     FolderConfig,
     HuggingFaceConfig,
@@ -121,8 +123,11 @@ def main(args: list[str]) -> int:
         tyro.extras.subcommand_cli_from_dict({"describe": describe, "convert": convert}, args=args)
     except ConfigError as error:
         print(error, file=sys.stderr)
-        return 2
-    return 0
+        return exits.MISTAKE
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return exits.STORAGE
+    return exits.FINISHED
 
 
 def _tokenizer(path: str | None) -> TokenizerConfig:

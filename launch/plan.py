@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.cli import load_function, one_line_errors, override, parse
+from launch.cli import one_line_errors, parse, run_config, without_config
 from launch.compile import QUIET
 from moe.config import ConfigError, check
 
@@ -36,16 +36,15 @@ USAGE = (
 
 def main(words: list[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else words
-    if not words or words[0].startswith("-"):
-        print(f"{__doc__}\n{USAGE}" if words[:1] in (["-h"], ["--help"]) else f"error: {USAGE}", file=sys.stderr)
-        return 0 if words[:1] in (["-h"], ["--help"]) else 2
+    if (status := without_config(words, __doc__, USAGE)) is not None:
+        return status
     with one_line_errors():
         from launch.plan_report import Arguments, plan
 
         own, rest = split(words[1:], [field.name for field in dataclasses.fields(Arguments)])
         arguments = parse(Arguments, own, "python -m launch.plan")
         check(arguments)
-        run = configured(words[0], rest)
+        run = run_config(words[0], rest, "python -m launch.plan")
         return plan(run, arguments, {"config": words[0], "changes": rest})
 
 
@@ -60,16 +59,6 @@ def split(words: Sequence[str], fields: Sequence[str]) -> tuple[list[str], list[
             target = own if name in fields else rest
         target.append(word)
     return own, rest
-
-
-def configured(spec: str, words: Sequence[str]) -> "RunConfig":
-    """The config of the file with the words applied."""
-    from moe.train.run import RunConfig
-
-    base = load_function(spec)
-    if not isinstance(base, RunConfig):
-        raise ConfigError(f"config = {spec!r}: must return a RunConfig, got {type(base).__name__}")
-    return override(base, words, f"python -m launch.plan {spec}")
 
 
 def workload(run: "RunConfig", devices: int) -> "Workload":

@@ -1,6 +1,8 @@
 """Eight simulated CPU devices and cheap compilation, before anything asks JAX for a device."""
 
+import gc
 import os
+from collections.abc import Iterator
 
 import jax
 import pytest
@@ -27,3 +29,14 @@ def _start_backend() -> None:
 
 _start_backend()
 pytest.register_assert_rewrite("tests.grid", "tests.oracle", "tests.routing.contract", "tests.routing.measuring")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_a_file_leaves_behind_is_not_looked_through_again() -> Iterator[None]:
+    """JAX keeps what it traced and compiled: after some files millions of Python objects, and the collector walked
+    through them all again and again, in long sessions half of the processor time. What a file leaves is collected once,
+    so a file that nobody closed is still found, and then set aside.
+    """
+    yield
+    gc.collect()
+    gc.freeze()

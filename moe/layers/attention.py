@@ -67,8 +67,8 @@ class AttentionConfig(SublayerConfig):
             yield "num_kv_heads", f"must divide num_heads = {self.num_heads}"
         if self.head_width % 2:
             yield "head_width", "must be even"
-        if not self.rope_theta > 0:
-            yield "rope_theta", "must be greater than 0"
+        for limit in self.rope.theta_problems(self.rope_theta):
+            yield "rope_theta", limit
         for field, limit in self.rope.head_problems(self.head_width):
             yield f"rope.{field}", limit
         if not self.norm_eps > 0:

@@ -62,7 +62,7 @@ class SublayerConfig:
         return False
 
     def divisible(self) -> Iterator[tuple[str, int, str]]:
-        """(field, size, mesh axis) for every size that the mesh axis must divide."""
+        """(field, size, mesh axis) for every size that the mesh axis must divide, or the product of "a * b"."""
         yield from ()
 
     def multiply_adds(self, width: int, seq_len: int) -> float:

@@ -70,8 +70,10 @@ class LatentAttentionConfig(SublayerConfig):
         yield from at_least(self, value_width=1)
         if self.rope_width % 2:
             yield "rope_width", "must be even"
-        for field in [name for name in ("rope_theta", "norm_eps") if not getattr(self, name) > 0]:
-            yield field, "must be greater than 0"
+        for limit in self.rope.theta_problems(self.rope_theta):
+            yield "rope_theta", limit
+        if not self.norm_eps > 0:
+            yield "norm_eps", "must be greater than 0"
         if self.rope.width:
             yield "rope.width", "must be 0: rope_width says how many dimensions turn"
 
@@ -80,9 +82,9 @@ class LatentAttentionConfig(SublayerConfig):
 
     def divisible(self) -> Iterator[tuple[str, int, str]]:
         yield "num_heads", self.num_heads, "tensor"
-        for axis in ("fsdp", "context"):  # which cut the latents of the matrices that lead out of them
-            yield "query_latent", self.query_latent, axis
-            yield "key_value_latent", self.key_value_latent, axis
+        # Both cut, together, the latents of the matrices that lead out of them.
+        yield "query_latent", self.query_latent, "fsdp * context"
+        yield "key_value_latent", self.key_value_latent, "fsdp * context"
 
     def multiply_adds(self, width: int, seq_len: int) -> float:
         N, Q, C, H, R, U = self._sizes

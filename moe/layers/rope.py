@@ -46,6 +46,11 @@ class RopeConfig:
         if self.width >= head_width:
             yield "width", f"must be less than the head's {head_width} dimensions; 0 turns them all"
 
+    def theta_problems(self, theta: float) -> Iterator[str]:
+        """What is wrong with the base of the frequencies, which the layer holds."""
+        if not theta > 0:
+            yield "must be greater than 0"
+
     def frequencies(self, width: int, theta: float) -> jax.Array:
         """float32 [width / 2] radians per position."""
         half = width // 2
@@ -81,6 +86,10 @@ class YarnConfig(RopeConfig):
             yield "slow", "must be greater than 0"
         if not self.fast > self.slow:
             yield "fast", f"must be greater than slow = {self.slow}"
+
+    def theta_problems(self, theta: float) -> Iterator[str]:
+        if not theta > 1:
+            yield "must be greater than 1: YaRN needs frequencies that fall"
 
     def frequencies(self, width: int, theta: float) -> jax.Array:
         def where(turns: float) -> float:

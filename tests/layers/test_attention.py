@@ -227,6 +227,10 @@ def test_the_dtype_is_kept() -> None:
         (AttentionConfig(num_heads=4, num_kv_heads=3), "num_kv_heads = 3: must divide num_heads = 4"),
         (AttentionConfig(head_width=5), "head_width = 5: must be even"),
         (AttentionConfig(rope_theta=0.0), "rope_theta = 0.0: must be greater than 0"),
+        (
+            AttentionConfig(rope_theta=1.0, rope=YarnConfig()),
+            "rope_theta = 1.0: must be greater than 1: YaRN needs frequencies that fall",
+        ),
         (AttentionConfig(num_heads=0), "num_heads = 0: must be at least 1"),
         (AttentionConfig(norm_eps=1e-5), "norm_eps = 1e-05: is ignored, as no head is normalised; leave it at 1e-6"),
         (AttentionConfig(head_norm="qk", norm_eps=0.0), "norm_eps = 0.0: must be greater than 0"),

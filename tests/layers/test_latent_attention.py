@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ from moe.config import ConfigError, check
 from moe.layers.latent_attention import LatentAttention, LatentAttentionConfig
 from moe.layers.rope import RopeConfig, YarnConfig
 from moe.routing.base import Context
+from moe.train.run import RunConfig
+from tests import grid
 from tests.layers.sublayers import build, check_contract, cuts, decoded, one_document, run, value_and_gradient
 
 B, S, D = 2, 7, 16
@@ -157,11 +160,26 @@ def test_multiply_adds_are_those_of_its_products() -> None:
         (dataclasses.replace(CONFIG, key_value_latent=0), "key_value_latent = 0: must be at least 1"),
         (dataclasses.replace(CONFIG, rope=RopeConfig(width=2)), "rope.width = 2: must be 0: rope_width says"),
         (dataclasses.replace(CONFIG, norm_eps=0.0), "norm_eps = 0.0: must be greater than 0"),
+        (dataclasses.replace(CONFIG, rope_theta=0.0, rope=RopeConfig()), "rope_theta = 0.0: must be greater than 0"),
+        (dataclasses.replace(STRETCHED, rope_theta=1.0), "rope_theta = 1.0: must be greater than 1"),
     ],
 )
 def test_a_config_that_cannot_work_is_refused(config: LatentAttentionConfig, said: str) -> None:
     with pytest.raises(ConfigError, match=f"^{said}"):
         check(config)
+
+
+@pytest.mark.parametrize("latent", ["query_latent", "key_value_latent"])
+def test_a_latent_that_fsdp_and_context_cannot_both_cut_is_refused(latent: str) -> None:
+    """12 divides by 4 and by 2, not by their product."""
+    sizes = {"query_latent": 16, "key_value_latent": 16} | {latent: 12}
+    model = grid.model_config(attention=dataclasses.replace(CONFIG, **sizes))
+    config = RunConfig(batch_size=8, model=model, mesh=MeshConfig(data=1, fsdp=4, context=2))
+    said = f"model.attention.{latent} = 12: must be divisible by mesh.fsdp * context = 8"
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        check(config)
+    check(dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=4)))
+    check(dataclasses.replace(config, mesh=MeshConfig(data=1, context=2)))
 
 
 def test_the_dtype_is_kept() -> None:
