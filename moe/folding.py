@@ -85,6 +85,17 @@ class MeshConfig:
             found[outer + inner] *= factor
         return found
 
+    @property
+    def known_factors(self) -> dict[str, int] | None:
+        """Those of `factors` that no number of devices changes: all but `data`'s own. None if there are none yet, as
+        experts fold over a `data` that takes what is left, or if the grids do not fold."""
+        if self.data == -1 and self.expert * self.expert_tensor > self.fsdp * self.context * self.tensor:
+            return None
+        try:
+            return self.factors(self.num_devices)
+        except ConfigError:  # said where the mesh is made
+            return None
+
     def _asked(self, *names: str) -> str:
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 

@@ -46,7 +46,18 @@ from moe import axes
 from moe.axes import EXPERT
 from moe.config import ConfigError, at_least
 from moe.dispatch.base import Assignments
-from moe.dispatch.exchange import DISPATCHED, Compute, ExchangeConfig, Shared, gather, live, scatter
+from moe.dispatch.exchange import (
+    DISPATCHED,
+    DUPLICATES,
+    Compute,
+    ExchangeConfig,
+    Shared,
+    Sizes,
+    beyond_reach,
+    gather,
+    live,
+    scatter,
+)
 from moe.dispatch.need import of_devices, portions
 from moe.dispatch.rows import places, put, take
 from moe.kernels.grouped import inverse, order_by, permute
@@ -83,6 +94,20 @@ class AllToAllConfig(ExchangeConfig):
 
     def need(self, routing: Routing) -> jax.Array | None:
         return None if self.budget is None else of_devices(routing, self.chunks)
+
+    def mesh_problems(self, sizes: Sizes) -> Iterator[tuple[str, str]]:
+        names = [name for name in EXPERT if sizes[name] > 1]
+        if self.hierarchical and len(names) < 2:
+            yield (
+                "hierarchical",
+                f"experts lie on one mesh axis alone ({', '.join(names) or 'none'}); two steps need an outer and an"
+                " inner one: let `expert` fold over two of data, fsdp, context and tensor",
+            )
+
+    def without_effect(self, sizes: Sizes) -> Iterator[tuple[str, str]]:
+        yield from beyond_reach(self.budget, sizes)
+        if self.sends_duplicates and sizes[DUPLICATES] == 1:
+            yield "drop_duplicates", "no axis cuts both positions and the experts' hidden width: there are none"
 
     @property
     def sends_duplicates(self) -> bool:
@@ -140,11 +165,8 @@ class AllToAllConfig(ExchangeConfig):
         names = live(EXPERT)
         if not self.hierarchical:
             return jax.lax.all_to_all(x, names, dimension, dimension, tiled=True) if names else x
-        if len(names) < 2:
-            raise ConfigError(
-                f"exchange.hierarchical = True: experts lie on one mesh axis alone ({', '.join(names) or 'none'}); two"
-                " steps need an outer and an inner one: let `expert` fold over two of data, fsdp, context and tensor"
-            )
+        for field, limit in self.mesh_problems(jax.sharding.get_abstract_mesh().shape):
+            raise ConfigError(f"exchange.{field} = {getattr(self, field)}: {limit}")
         outer, inner = names[:1], names[1:]
         sizes = [axes.size(jax.sharding.get_abstract_mesh(), part) for part in (outer, inner)]
         split = x.reshape(*x.shape[:dimension], *sizes, -1, *x.shape[dimension + 1 :])

@@ -14,13 +14,14 @@ Differs from a ring: XLA's all-gather and reduce-scatter, not a loop of neighbou
 """
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from moe.axes import EXPERT
+from moe.axes import EXPERT, EXPERT_TENSOR, STREAM
 from moe.dispatch.base import Assignments
 from moe.routing.base import Routing
 
@@ -28,6 +29,8 @@ Compute = Callable[[jax.Array, Assignments, int], jax.Array]
 """(x [T, D], assignments to the experts held, bound on those that are not void) -> y [T, D]."""
 
 Names = tuple[str, ...]
+Sizes = Mapping[str, int]
+"""Of every axis of the mesh."""
 
 DUPLICATES = "tensor_expert_tensor"
 """Mesh axis that cuts positions of the residual stream and the hidden width of experts."""
@@ -63,6 +66,14 @@ class ExchangeConfig:
         """float32 [B] the budget that would hold all rows of the devices of a sequence; None: it has no budget."""
         return None
 
+    def mesh_problems(self, sizes: Sizes) -> Iterator[tuple[str, str]]:
+        """(field, what is wrong) of settings that cannot work on this mesh; asked where rows travel (`takes_place`)."""
+        yield from ()
+
+    def without_effect(self, sizes: Sizes) -> Iterator[tuple[str, str]]:
+        """(field, why) of settings that change nothing on this mesh; asked where rows travel."""
+        yield from ()
+
     def run(self, x_TD: jax.Array, a: Assignments, compute: Compute, shared: Shared) -> tuple[jax.Array, jax.Array]:
         """(y [T, D], int32 [R] 1 where a budget dropped the assignment), inside `shard_map`.
 
@@ -86,6 +97,18 @@ class RingConfig(ExchangeConfig):
         mine = Assignments(token_R + sender_R * T, expert_R, weight_R, a.num_selected)
         y_TD = jax.lax.psum(compute(x_TD, mine, R), shared.same)
         return scatter(y_TD, over), jnp.zeros_like(a.expert_R)
+
+
+def takes_place(sizes: Sizes) -> bool:
+    """Whether the mesh cuts experts or positions: where it does not, every device computes its own sequences whole."""
+    return any(sizes[name] > 1 for name in EXPERT + EXPERT_TENSOR + STREAM)
+
+
+def beyond_reach(budget: float | None, sizes: Sizes) -> Iterator[tuple[str, str]]:
+    """Why a budget cuts nothing: all that n devices send, or that one sends to itself, is n times what is balanced."""
+    ranks = math.prod(sizes[name] for name in EXPERT)
+    if budget is not None and budget >= ranks:
+        yield "budget", f"{ranks} times the balanced number is all there can be"
 
 
 def live(names: Names) -> Names:

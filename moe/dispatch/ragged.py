@@ -31,7 +31,17 @@ from moe import axes
 from moe.axes import EXPERT
 from moe.dispatch.all_to_all import like, make_queue
 from moe.dispatch.base import Assignments
-from moe.dispatch.exchange import DISPATCHED, Compute, ExchangeConfig, Shared, gather, live, scatter
+from moe.dispatch.exchange import (
+    DISPATCHED,
+    Compute,
+    ExchangeConfig,
+    Shared,
+    Sizes,
+    beyond_reach,
+    gather,
+    live,
+    scatter,
+)
 from moe.dispatch.rows import places, put, take
 from moe.kernels.grouped import inverse, permute, platform
 
@@ -48,6 +58,9 @@ class RaggedConfig(ExchangeConfig):
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.budget is not None and not self.budget > 0:
             yield "budget", "must be greater than 0, or None"
+
+    def without_effect(self, sizes: Sizes) -> Iterator[tuple[str, str]]:
+        yield from beyond_reach(self.budget, sizes)
 
     def run(self, x_TD: jax.Array, a: Assignments, compute: Compute, shared: Shared) -> tuple[jax.Array, jax.Array]:
         ranks = axes.size(jax.sharding.get_abstract_mesh(), EXPERT)

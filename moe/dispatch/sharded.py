@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 from moe import axes
 from moe.axes import BATCH, EXPERT, EXPERT_DATA, EXPERT_TENSOR, STREAM
 from moe.dispatch.base import Assignments, Dispatcher, ExpertWeights
-from moe.dispatch.exchange import COMBINED, DUPLICATES, ExchangeConfig, RingConfig, Shared, gather, scatter
+from moe.dispatch.exchange import COMBINED, DUPLICATES, ExchangeConfig, RingConfig, Shared, gather, scatter, takes_place
 from moe.routing.base import Routing
 
 GATE_AXES = UP_AXES = ("experts", "expert_embed", "expert_mlp")
@@ -43,7 +43,7 @@ def dispatch(
     routing = dataclasses.replace(routing, select_BSE=None)  # no dispatcher reads scores, so none need travel
     if not axes.mesh_in_use():
         return dispatcher(x_BSD, routing, weights)
-    if axes.size(jax.sharding.get_abstract_mesh(), EXPERT + EXPERT_TENSOR + STREAM) == 1:
+    if not takes_place(jax.sharding.get_abstract_mesh().shape):
         return _whole_sequences(dispatcher, x_BSD, routing, weights)
     routing, dropped_B = dispatcher.select(routing)
     positions = tuple(name for name in STREAM if not (exchange.sends_duplicates and name == DUPLICATES))

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from moe.plan.layer_memory import Layers
 from moe.plan.traits import Trait
-from moe.plan.workload import Grid, Workload, grid_of, weights
+from moe.plan.workload import ITEMSIZE, Grid, Workload, grid_of, weights
 
 
 class Memory(NamedTuple):
@@ -104,6 +104,16 @@ class Memory(NamedTuple):
 def state_bytes(work: Workload) -> float:
     """Parameters, moments and gradients: what no remat policy and no accumulation can lessen."""
     return (8 if work.host_moments else 16) * _held(work, grid_of(work.mesh, work.devices))
+
+
+def least_bytes(work: Workload) -> float:
+    """Less than `memory` says in total of this mesh, whatever is recomputed, accumulated and piped.
+
+    State, and the copies in the compute dtype: they and the gradients are there at once, in the layers.
+    """
+    grid, size = grid_of(work.mesh, work.devices), ITEMSIZE[work.model.compute_dtype]
+    stacked = sum(one.held(grid) for one in weights(work.model) if one.stack is not None)
+    return state_bytes(work) + (size * stacked if size < 4 else 0)
 
 
 def memory(work: Workload) -> Memory:

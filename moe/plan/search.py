@@ -2,7 +2,8 @@
 
 Every legal combination competes; what cannot win is left out before it is costed, which changes no result:
 
-    memory   the state alone (parameters, moments, gradients) does not fit: no remat and no accumulation will
+    memory   what no remat policy and no accumulation can lessen does not fit (`least_bytes`), and something else does,
+             or is leaner than that: the mesh is not asked whether it is legal
     time     compute alone, at full efficiency and without communication, is already slower than the k-th best so far
     A        with one stage and the same mesh and policy, more accumulation never makes a step faster
              (every micro-batch gathers the weights again): the smallest A that fits is the best one
@@ -14,9 +15,8 @@ layers to decide; expert axes fold over the dense ones.
 """
 
 import dataclasses
-import heapq
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, get_args
 
 from moe.config import ConfigError, at_least
@@ -25,7 +25,7 @@ from moe.models.pipeline import PipelineConfig
 from moe.models.remat import Remat
 from moe.plan.chips import Chip
 from moe.plan.cost import Assumptions, Cost, cost, fastest, mfu
-from moe.plan.memory import Memory, memory, state_bytes
+from moe.plan.memory import Memory, least_bytes, memory, state_bytes
 from moe.plan.workload import Workload, grid_of, weights
 
 Legal = Callable[[Workload], bool]
@@ -43,6 +43,13 @@ class Plan(NamedTuple):
     @property
     def seconds(self) -> float:
         return self.cost.step
+
+
+class Lean(NamedTuple):
+    """The layout that needs the least memory of those that do not fit."""
+
+    work: Workload
+    memory: Memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,14 +96,17 @@ def meshes(work: Workload, space: Space) -> Iterator[MeshConfig]:
                     yield mesh
 
 
-def candidates(work: Workload, space: Space, legal: Legal) -> Iterator[list[Workload]]:
+def candidates(
+    work: Workload, space: Space, legal: Legal, hopeless: Callable[[Workload], bool] = lambda _: False
+) -> Iterator[list[Workload]]:
     """For every mesh, pipeline and remat policy the legal workloads, by rising accumulation.
 
-    `legal` is asked once for a mesh, pipeline and accumulation: what is recomputed is no matter of legality.
+    `legal` is asked once for a mesh, pipeline and accumulation: what is recomputed is no matter of legality. It is what
+    takes time, so `hopeless` is asked before it: whether nothing on this mesh can be of use.
     """
     for mesh in meshes(work, space):
         most, rest = divmod(work.batch_size, mesh.data * mesh.fsdp)
-        if rest or not divides(work, mesh):
+        if rest or not divides(work, mesh) or hopeless(dataclasses.replace(work, mesh=mesh)):
             continue
         for pipeline in pipelines(work, mesh):
             model = dataclasses.replace(work.model, pipeline=pipeline)
@@ -130,23 +140,36 @@ def best(
 
     `spare`: share of a device's memory to leave free. Raises Infeasible, saying what is missing.
     """
-    limit, kept, order = chip.usable * (1 - spare), _Best(top), itertools.count()
+    limit, kept = chip.usable * (1 - spare), _Best(top)
     assume, space = assume or Assumptions(), space or Space()
-    least: list[tuple[float, int, Plan]] = []
-    for group in candidates(work, space, legal):
-        if fastest(group[0], chip, assume) > kept.bar or ((too_large := state_bytes(group[0]) > limit) and kept.plans):
+    leanest: Lean | None = None
+
+    def hopeless(one: Workload) -> bool:
+        bytes_ = least_bytes(one)
+        return bytes_ > limit and (bool(kept.plans) or (leanest is not None and bytes_ >= leanest.memory.total))
+
+    for group in candidates(work, space, legal, hopeless):
+        if fastest(group[0], chip, assume) > kept.bar:
             continue
-        for one in group[-1:] if too_large else group:
-            found = _plan(one, chip, assume)
-            if found.memory.total > limit:
-                _keep_least(least, found, next(order))
+        for one in group[-1:] if state_bytes(group[0]) > limit else group:
+            need = memory(one)
+            if need.total > limit:
+                if leanest is None or need.total < leanest.memory.total:
+                    leanest = Lean(one, need)
                 continue
-            kept.add(found)
+            kept.add(_plan(one, chip, assume, need))
             if one.mesh.stages == 1:
                 break
     if not kept.plans:
-        raise Infeasible(_missing(work, chip, limit, [plan for _, _, plan in least]))
+        raise Infeasible(_missing(work, chip, limit, leanest))
     return kept.plans
+
+
+def fits(work: Workload, chip: Chip, legal: Legal, *, space: Space | None = None, spare: float = 0.0) -> bool:
+    """Whether `best` would find anything."""
+    limit = chip.usable * (1 - spare)
+    groups = candidates(work, space or Space(), legal, lambda one: least_bytes(one) > limit)
+    return any(memory(one).total <= limit for group in groups for one in group)
 
 
 def every(
@@ -188,23 +211,16 @@ def _key(plan: Plan) -> tuple:
     return plan.seconds, plan.work.accumulation, plan.memory.total, plain, plan.work.model.remat
 
 
-def _plan(work: Workload, chip: Chip, assume: Assumptions) -> Plan:
+def _plan(work: Workload, chip: Chip, assume: Assumptions, need: Memory | None = None) -> Plan:
     seconds = cost(work, chip, assume)
-    return Plan(work, seconds, memory(work), mfu(work, chip, seconds.step))
+    return Plan(work, seconds, need or memory(work), mfu(work, chip, seconds.step))
 
 
-def _keep_least(least: list[tuple[float, int, Plan]], plan: Plan, order: int) -> None:
-    """Remembers the one plan that needs the least memory."""
-    heapq.heappush(least, (plan.memory.total, order, plan))
-    del least[1:]
-
-
-def _missing(work: Workload, chip: Chip, limit: float, least: Sequence[Plan]) -> str:
+def _missing(work: Workload, chip: Chip, limit: float, plan: Lean | None) -> str:
     chips = work.devices // chip.devices
     asked = f"{chips} {chip.name} with {work.batch_size} sequences of {work.seq_len}"
-    if not least:
+    if plan is None:
         return f"{asked}: no mesh, remat policy and accumulation of the space passes the run's own checks"
-    plan = least[0]
     need, have = plan.memory.total * work.devices, chip.usable * work.devices
     largest = sorted(plan.memory.terms().items(), key=lambda item: -item[1])[:3]
     parts = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in largest)
@@ -221,12 +237,10 @@ def smallest(
     """The first number of chips, doubling from that of `work`, on which something fits; None up to `most` times."""
     factor = 2
     while factor <= most:
-        try:
-            best(dataclasses.replace(work, devices=work.devices * factor), chip, legal, space=space, top=1, spare=spare)
-        except Infeasible:
-            factor *= 2
-            continue
-        return work.devices * factor // chip.devices
+        more = dataclasses.replace(work, devices=work.devices * factor)
+        if fits(more, chip, legal, space=space, spare=spare):
+            return more.devices // chip.devices
+        factor *= 2
     return None
 
 

@@ -102,7 +102,7 @@ def _tpus(topology: Topology) -> list[jax.Device]:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except jax.errors.JaxRuntimeError as error:
-        raise ConfigError(f"topology = {str(topology)!r}: the TPU compiler refuses: {error}") from error
+        raise ConfigError(f"topology = {str(topology)!r}: the TPU compiler refuses: {_first_line(error)}") from error
 
 
 def _gpus(topology: Topology) -> list[jax.Device]:
@@ -114,9 +114,14 @@ def _gpus(topology: Topology) -> list[jax.Device]:
         described = topologies.get_topology_desc(
             platform="cuda", topology_name=kind.name, target_config=text, topology=f"{topology.slices}x{hosts}x{each}"
         )
-    except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as error:
-        lines = str(error).splitlines() or [""]
+    except NotImplementedError as error:  # what JAX says without the plugin
         raise ConfigError(
-            f'topology = {str(topology)!r}: needs the CUDA compiler: pip install "moe[gpu]" ({lines[0]})'
+            f'topology = {str(topology)!r}: needs the CUDA compiler: pip install "moe[gpu]" ({_first_line(error)})'
         ) from error
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(f"topology = {str(topology)!r}: the CUDA compiler refuses: {_first_line(error)}") from error
     return list(described.devices)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +52,7 @@ class Checkpoints:
     def __init__(self, workdir: Path, config: CheckpointConfig):
         self._workdir, self._config = workdir.absolute(), config
         self._folder = self._workdir / CHECKPOINTS
-        self._manager: ocp.CheckpointManager | None = None
+        self._manager: _Manager | None = None
         self._under_way = 0
         """Step of the last save that was begun."""
 
@@ -140,7 +141,7 @@ class Checkpoints:
         if self._manager is not None:
             self._manager.close()
 
-    def _open(self) -> ocp.CheckpointManager:
+    def _open(self) -> "_Manager":
         """Orbax's manager, once nothing stands in its way; it removes what a save that was cut off left."""
         if self._manager is None:
             for step in whole_steps(self._workdir):  # Orbax reads all of these at once and stops at the first it cannot
@@ -160,7 +161,7 @@ class Checkpoints:
         """Waits for a save that is under way, and says if it failed."""
         if self._manager is not None:
             with self._storage_errors():
-                self._manager.wait_until_finished()
+                self._manager.wait()
 
     @contextlib.contextmanager
     def _storage_errors(self) -> Iterator[None]:
@@ -190,13 +191,48 @@ class Checkpoints:
 
         together(move, (StorageError,))
         if self._manager is not None:
-            self._manager.reload()
-        if self._manager is not None:
             self._manager.reload()  # or it refuses to save this step again
         log.warning("checkpoint %d was moved to %s", step, self._workdir / DAMAGED)
 
 
-def _manager(folder: Path, config: CheckpointConfig) -> ocp.CheckpointManager:
+class _Manager(ocp.CheckpointManager):
+    """Orbax's own, but a save that failed on this process alone is told at once, so that the process can end.
+
+    Orbax's thread behind the save first waits for the other processes, which wait for it at another barrier.
+    """
+
+    _failure: BaseException | None = None
+
+    def _wait_for_checkpointers(self) -> None:
+        try:
+            super()._wait_for_checkpointers()  # private, but no other hook comes before that wait
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def wait(self) -> None:
+        """Waits until the save that is under way is complete; raises what made it fail, here or on another process."""
+        if jax.process_count() == 1:
+            self.wait_until_finished()
+            return
+        ended = threading.Event()
+
+        def wait() -> None:
+            try:
+                self.wait_until_finished()
+            except BaseException as error:
+                self._failure = self._failure or error
+            finally:
+                ended.set()
+
+        threading.Thread(target=wait, daemon=True).start()
+        while not ended.wait(0.05) and self._failure is None:
+            pass
+        if self._failure is not None:
+            raise self._failure
+
+
+def _manager(folder: Path, config: CheckpointConfig) -> _Manager:
     def best(metrics: dict[str, float]) -> float:
         return metrics[METRIC]
 
@@ -206,7 +242,7 @@ def _manager(folder: Path, config: CheckpointConfig) -> ocp.CheckpointManager:
         keep.append(
             policy.BestN(get_metric_fn=best, reverse=True, n=config.keep_best, keep_checkpoints_without_metrics=False)
         )
-    return ocp.CheckpointManager(
+    return _Manager(
         folder,
         options=ocp.CheckpointManagerOptions(
             cleanup_tmp_directories=True,

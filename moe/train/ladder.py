@@ -21,7 +21,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from moe.config import is_config
+from moe.config import ConfigError, is_config
 from moe.models import DecoderConfig
 
 
@@ -78,11 +78,27 @@ class Ladder:
 
     def get_state(self) -> dict[str, Any]:
         """JSON data for the checkpoint."""
-        return {"rung": self._rung, "enough": self._enough, "waiting": [list(pair) for pair in self._waiting]}
+        return {
+            "config": self._said(),
+            "rung": self._rung,
+            "enough": self._enough,
+            "waiting": [list(pair) for pair in self._waiting],
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
+        """ConfigError for the state of another ladder: its rungs and what was counted towards them mean nothing here.
+
+        States of before a ladder said which it is are taken as this one's: a workdir refuses another config anyway.
+        """
+        if state.get("config", self._said()) != self._said():
+            was = ", ".join(f"{name} = {value}" for name, value in state["config"].items())
+            raise ConfigError(f"ladder = {self._config}: the checkpoint was saved on another one ({was})")
         self._rung, self._enough = int(state["rung"]), [int(n) for n in state["enough"]]
         self._waiting = [(int(step), float(need)) for step, need in state["waiting"]]
+
+    def _said(self) -> dict[str, Any]:
+        """The config as JSON gives it back."""
+        return dataclasses.asdict(self._config) | {"rungs": list(self._config.rungs)}
 
 
 def at_capacity(model: DecoderConfig, capacity: float) -> DecoderConfig:

@@ -13,6 +13,7 @@ from moe.kernels.attend import AttendConfig
 from moe.models import DecoderConfig
 from moe.optim import AdamWConfig
 from moe.routing.base import RouterConfig
+from moe.train import exchanges
 from moe.train.ladder import LadderConfig, at_capacity
 from moe.train.watchdog import WatchdogConfig
 
@@ -108,8 +109,11 @@ class RunConfig:
             )
         for field, limit in self.optim.schedule.run_problems(self.steps):
             yield f"optim.schedule.{field}", limit
-        if self.ladder is not None and at_capacity(self.model, 1.0) == at_capacity(self.model, 2.0):
-            yield "ladder", "sizes nothing: no layer's dispatch has a capacity, and no exchange a budget"
+        if self.ladder is not None:
+            if fixed := next(exchanges.not_sized(self.model), None):
+                yield "ladder", f"cannot size {fixed}: its need is not counted; use AllToAllConfig, or no budget there"
+            elif at_capacity(self.model, 1.0) == at_capacity(self.model, 2.0):
+                yield "ladder", "sizes nothing: no layer's dispatch has a capacity, and no exchange a budget"
         yield from self._mesh_problems()
         yield from self._balance_problems()
 
@@ -174,6 +178,8 @@ class RunConfig:
             yield "mesh.stages", "must be 1 without model.pipeline, which says how the batch passes through the stages"
         if model.width % (cut := mesh.fsdp * mesh.context):
             yield "model.width", f"must be divisible by fsdp * context = {cut}, which cut the parameters"
+        if (sizes := mesh.known_factors) is not None:
+            yield from exchanges.mesh_problems(model, sizes)
         yield from self._length_problems()
 
     def _length_problems(self) -> Iterator[tuple[str, str]]:

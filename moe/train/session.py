@@ -17,6 +17,7 @@ from moe.cluster.group import Group
 from moe.config import ConfigError, check
 from moe.data import Corpus, DataError, TrainLoader, prepare
 from moe.plan.device_order import in_mesh_order
+from moe.train import exchanges
 from moe.train.checkpoint import Checkpoints
 from moe.train.evaluate import DomainResult, Evaluator
 from moe.train.events import DAMAGED, STALLED, Events
@@ -72,6 +73,7 @@ class Session:
         lasting = (ConfigError, StorageError)
         # Everything that can be wrong is asked before the corpus is built and before a device is touched.
         group.agree("its checks", self._check)
+        group.agree("its mesh", self._lay_out)
         self.corpus: Corpus = group.agree(
             "the data",
             readable(lambda: prepare(config.data)),
@@ -111,10 +113,12 @@ class Session:
         if config.init_from is not None:
             check_fits(Path(config.init_from), config)
 
+    def _lay_out(self) -> None:
+        self.mesh = axes.make_mesh(self.config.mesh, in_mesh_order(self.config.mesh, jax.devices()))
+        self.batch_sharding = axes.sharding(self.mesh, BATCH_LOGICAL)
+
     def _build(self) -> None:
         config = self.config
-        self.mesh = axes.make_mesh(config.mesh, in_mesh_order(config.mesh, jax.devices()))
-        self.batch_sharding = axes.sharding(self.mesh, BATCH_LOGICAL)
         with jax.set_mesh(self.mesh):
             self.shardings = state_shardings(config, self.model, self.tx, self.mesh)
             shape = (config.accumulation, config.microbatch_size, config.data.seq_len + 1)
@@ -136,6 +140,8 @@ class Session:
             raise ConfigError(f"workdir = '{self.workdir}': cannot be written ({error.strerror})") from error
         for name, what in balance.items():
             log.info("balance rule %s: %s", name, what)
+        for line in exchanges.without_effect(self.config.model, self.mesh.shape):
+            log.info("%s", line)
 
     def start(self) -> TrainState:
         """The state to go on from: the newest checkpoint, another run's parameters, or step 0."""
@@ -208,3 +214,5 @@ class Session:
         if model.pipeline is not None:  # as the config's own check, with `data` known
             for field, limit in model.pipeline.mesh_problems(model.trunk, self.config.mesh.stages, shape[1], cuts):
                 raise ConfigError(f"model.{field}: {limit}")
+        for path, limit in exchanges.mesh_problems(model, self.mesh.shape):
+            raise ConfigError(f"{path}: {limit}")

@@ -78,7 +78,7 @@ class Watchdog:
         if self._doing is not self._seen:
             self._seen, self._waited, self._reported = self._doing, 0.0, False
             return
-        if self._seen is None:
+        if self._seen is None or self._ended.is_set():
             return
         self._waited += passed
         (what, compiling), config = self._seen, self._config
@@ -109,15 +109,16 @@ class Watchdog:
             log.error("stalled: %s for %.0f s; the process ends (watchdog.%s = %g)", what, self._waited, field, limit)
             self._dump()
             for handler in logging.getLogger().handlers:
-                handler.flush()
+                with contextlib.suppress(OSError, ValueError):  # a stream that is closed has nothing left to say
+                    handler.flush()
             self._note(what)
 
         assert self._on_stop is not None
         speaker = threading.Thread(target=last_words, daemon=True)
         speaker.start()
         speaker.join(_LAST_WORDS_S)
-        self._on_stop()
         self._ended.set()
+        self._on_stop()
 
     def _dump(self) -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # a notebook's stderr has no file below it

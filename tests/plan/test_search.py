@@ -8,14 +8,32 @@ import pytest
 from configs import reference
 from launch.plan import legal, planned, workload
 from moe.folding import MeshConfig
+from moe.plan import search
 from moe.plan.chips import chip
-from moe.plan.cost import Assumptions
-from moe.plan.memory import memory
-from moe.plan.search import Infeasible, Space, best, describe, divides, divisors, every, judge, meshes, smallest
+from moe.plan.cost import Assumptions, cost
+from moe.plan.memory import least_bytes, memory
+from moe.plan.search import (
+    Infeasible,
+    Space,
+    best,
+    candidates,
+    describe,
+    divides,
+    divisors,
+    every,
+    fits,
+    judge,
+    meshes,
+    smallest,
+)
+from moe.plan.topology import parse
 from tests.plan.test_memory import TINY, tiny
 
 V5P = chip("v5p")
 SMALL = Space(remat=("full", "none"), max_tensor=2, max_context=2, max_expert_tensor=2)
+
+
+COMPUTE_BOUND = Assumptions(latency=0, overlap=1e9, imbalance=1.0)
 
 
 def accepts(work):
@@ -35,7 +53,7 @@ def limit(share):
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("top", [1, 4])
 # Where products alone take time, the bound on what cannot win is as tight as it gets.
-@pytest.mark.parametrize("assume", [Assumptions(), Assumptions(latency=0, overlap=1e9, imbalance=1.0)])
+@pytest.mark.parametrize("assume", [Assumptions(), COMPUTE_BOUND])
 def test_the_search_finds_what_costing_everything_finds(share, top, assume):
     small = limit(share)
     whole = every(tiny(devices=4), small, accepts, space=SMALL, assume=assume)
@@ -54,6 +72,52 @@ def _without_more(plans):
             seen.add(key)
             kept.append(plan)
     return sorted(kept, key=lambda plan: plan.seconds)
+
+
+WIDE = dataclasses.replace(
+    TINY, width=1024, moe=dataclasses.replace(TINY.moe, expert_hidden=4096),
+    attention=dataclasses.replace(TINY.attention, head_width=256),
+)  # fmt: skip
+"""Products take nearly all of its time, so nearly every layout is close to the bound."""
+
+
+@pytest.mark.parametrize("top", [1, 4])
+@pytest.mark.parametrize("seq_len", [512, 4096])
+def test_a_bound_on_time_leaves_out_some_layouts_and_none_that_wins(monkeypatch, seq_len, top):
+    work = dataclasses.replace(tiny(devices=4, model=WIDE), seq_len=seq_len)
+    asked = {"space": dataclasses.replace(SMALL, remat=("full", "save_attention")), "assume": COMPUTE_BOUND}
+    whole = _without_more(every(work, V5P, accepts, **asked))
+    costed = []
+    monkeypatch.setattr(search, "cost", lambda *given: costed.append(given) or cost(*given))
+    found = best(work, V5P, accepts, top=top, **asked)
+    assert [plan.seconds for plan in found] == [plan.seconds for plan in whole[:top]]
+    if seq_len == 4096 and top == 1:
+        assert len(costed) < 0.8 * len(whole)
+
+
+def test_the_bound_on_memory_is_one_and_spares_asking_what_is_legal():
+    work = tiny(devices=4, model=WIDE)
+    space = Space(max_stages=2, max_tensor=2, max_context=2, remat=(*SMALL.remat, "offload", "dots"))
+    legal_ones, asked = [], []
+    groups = list(candidates(work, space, lambda one: legal_ones.append(one) is None))
+    totals = [(least_bytes(one), memory(one).total) for group in groups for one in group]
+    assert any(group[0].model.pipeline for group in groups)
+    assert all(least < total for least, total in totals)
+    tight = short_of(min(total for _, total in totals) / 1e9 * 1.01)
+    best(work, tight, lambda one: asked.append(one) is None, space=space)
+    assert len(asked) < 0.8 * len(legal_ones)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9, 1.0, 1.1])
+def test_what_fits_nowhere_is_told_by_the_leanest_of_all_layouts(share):
+    """Fits or not, and by which layout it does not, as without leaving anything out."""
+    every_one = [one for group in candidates(tiny(devices=4), SMALL, accepts) for one in group]
+    leanest = min(every_one, key=lambda one: memory(one).total)
+    small = short_of(share * memory(leanest).total / 1e9)
+    assert fits(tiny(devices=4), small, accepts, space=SMALL) == (share >= 1)
+    if share < 1:
+        with pytest.raises(Infeasible, match=rf"The leanest: {re.escape(describe(leanest))}$"):
+            best(tiny(devices=4), small, accepts, space=SMALL)
 
 
 def test_more_memory_never_makes_the_best_slower():
@@ -113,17 +177,18 @@ def test_divisors():
     assert (divisors(12), divisors(12, 4)) == ([1, 2, 3, 4, 6, 12], [1, 2, 3, 4])
 
 
-@pytest.mark.parametrize("name", ["olmoe_1b_7b", "paper_43b", "mixtral_8x22b", "qwen3_235b", "deepseek_v3"])
+@pytest.mark.parametrize("name", reference.TOPOLOGIES)
 def test_the_choice_is_at_least_as_good_as_the_layout_written_by_hand(name):
-    run = getattr(reference, name)()
+    run, kind = getattr(reference, name)(), parse(reference.TOPOLOGIES[name]).chip
     work = workload(run, run.mesh.num_devices)
-    by_hand = judge(work, V5P)
+    by_hand = judge(work, kind)
     # The layout by hand must be in the space, and fit whatever the chip: what is compared is the choice.
-    roomy = dataclasses.replace(V5P, usable=max(V5P.usable, round(by_hand.memory.total)))
+    roomy = dataclasses.replace(kind, usable=max(kind.usable, round(by_hand.memory.total)))
     space = Space(
         remat=(run.model.remat,), max_tensor=run.mesh.tensor, max_context=run.mesh.context, max_expert_tensor=1
     )
-    found = best(work, roomy, lambda one: legal(run, one), space=space, top=1, assume=Assumptions())[0]
+    assert run.mesh.sizes(work.devices) in [mesh.sizes(work.devices) for mesh in meshes(work, space)]
+    found = best(work, roomy, lambda one: legal(run, one), space=space, top=1)[0]
     assert found.seconds <= by_hand.seconds
     assert next(iter(planned(run, found.work).problems()), None) is None
     assert "accumulation=" in describe(found.work)

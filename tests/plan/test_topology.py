@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import jax
 import pytest
 
 from moe.config import ConfigError
@@ -64,12 +65,38 @@ def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.M
         devices(parse("v5p:2x2x1"))
 
 
-def test_without_the_cuda_plugin_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(**asked: object) -> None:
+NEEDED = r"topology = 'h200:2x8': needs the CUDA compiler: pip install \"moe\[gpu\]\" \(not implemented for cuda\)$"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (NotImplementedError("not implemented for cuda\nand more"), NEEDED),
+        (
+            jax.errors.JaxRuntimeError("INVALID_ARGUMENT: 2x8\nand more"),
+            r"topology = 'h200:2x8': the CUDA compiler refuses: INVALID_ARGUMENT: 2x8$",
+        ),
+    ],
+)
+def test_a_missing_cuda_plugin_is_told_from_one_that_refuses(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    def asked(**asked: object) -> None:
         assert asked["topology"] == "1x2x8" and asked["platform"] == "cuda"
         assert "device_memory_size: 150754820096" in str(asked["target_config"])
-        raise RuntimeError("no such platform\nand more")
+        raise error
 
-    monkeypatch.setattr(topology.topologies, "get_topology_desc", missing)
-    with pytest.raises(ConfigError, match=r"topology = 'h200:2x8': needs the CUDA compiler: .*\(no such platform\)$"):
+    monkeypatch.setattr(topology.topologies, "get_topology_desc", asked)
+    with pytest.raises(ConfigError, match=said):
+        devices(parse("h200:2x8"))
+
+
+def test_an_error_that_is_no_answer_about_the_topology_is_not_dressed_up_as_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def asked(**asked: object) -> None:
+        raise RuntimeError("out of threads")
+
+    monkeypatch.setattr(topology.topologies, "get_topology_desc", asked)
+    with pytest.raises(RuntimeError, match=r"^out of threads$"):
         devices(parse("h200:2x8"))

@@ -1,13 +1,21 @@
 """The ladder of capacities: when it climbs, when it comes down, and that a resumed run does the same."""
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 
-from moe.config import ConfigError, check
+from moe.config import ConfigError, check, save
+from moe.dispatch import CapacityConfig
+from moe.layers.moe import MoEConfig
+from moe.models import DecoderConfig
 from moe.train.ladder import Ladder, LadderConfig
+from moe.train.load import CONFIG_NAME
+from moe.train.run import RunConfig
+from moe.train.workdir import check_workdir
 
 CONFIG = LadderConfig(rungs=(1.0, 1.5, 2.0, 4.0), headroom=1.1, dwell=3)
 
@@ -57,6 +65,45 @@ def test_a_run_cut_off_anywhere_goes_on_with_the_same_capacities(cut: int) -> No
     after = Ladder(CONFIG)
     after.set_state(json.loads(json.dumps(ladder.get_state())))
     assert before + climb(needs[cut:], after, cut + 1) == whole
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        LadderConfig(rungs=(1.0, 4.0), headroom=1.1, dwell=3),
+        dataclasses.replace(CONFIG, rungs=(1.0, 1.5, 2.0, 8.0)),  # as many rungs
+        dataclasses.replace(CONFIG, headroom=2.0),
+        dataclasses.replace(CONFIG, dwell=1),
+    ],
+)
+def test_the_state_of_another_ladder_is_refused(other: LadderConfig) -> None:
+    ladder, after = Ladder(CONFIG), Ladder(other)
+    climb([1.2] * 4, ladder)
+    state = json.loads(json.dumps(ladder.get_state()))
+    before = after.get_state()
+    said = (
+        r"^ladder = .*: the checkpoint was saved on another one \(rungs = \[1\.0, 1\.5, 2\.0, 4\.0\], headroom = 1\.1"
+    )
+    with pytest.raises(ConfigError, match=said):
+        after.set_state(state)
+    assert after.get_state() == before
+
+
+def test_a_state_that_does_not_say_its_ladder_is_of_this_one() -> None:
+    ladder, after = Ladder(CONFIG), Ladder(CONFIG)
+    climb([1.2] * 4, ladder)
+    after.set_state({name: value for name, value in ladder.get_state().items() if name != "config"})
+    assert after.get_state() == ladder.get_state()
+
+
+def test_a_workdir_keeps_its_ladder(tmp_path: Path) -> None:
+    model = DecoderConfig(moe=MoEConfig(dispatch=CapacityConfig()))
+    config = RunConfig(model=model, ladder=CONFIG)
+    save(config, tmp_path / CONFIG_NAME)
+    check_workdir(tmp_path, config)
+    for ladder in (None, dataclasses.replace(CONFIG, rungs=(1.0, 2.0))):
+        with pytest.raises(ConfigError, match=r"holds a run with another config; .*ladder"):
+            check_workdir(tmp_path, dataclasses.replace(config, ladder=ladder))
 
 
 @pytest.mark.parametrize(
