@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch import several
-from tests.launch.runs import command, write_text
+from tests.launch.runs import command, run, write_text
 from tests.multiprocess.together import free_port
 
 LIMIT_S = 30
@@ -212,6 +212,26 @@ def test_every_process_says_why_and_ends(name: str, text: Path, tmp_path: Path) 
 
 def test_there_are_twenty_of_them() -> None:
     assert len(CASES) >= 20
+
+
+def test_a_checkpoint_of_another_model(text: Path, tmp_path: Path) -> None:
+    """Its parameters have other shapes: a mistake of the launch, not damage, so that nothing is moved or skipped."""
+    w = World(tmp_path, text, free_port())
+    short = (
+        "--steps", "6", "--checkpoint.every", "6", "--batch-size", "16", "--checkpoint.keep-best", "0",
+        "--evaluate.every", "0",
+    )  # fmt: skip
+    run(text, w.workdir, *short, "--model.width", "64")
+    config = w.workdir / "config.json"
+    config.write_text(config.read_text().replace('"width": 64', '"width": 32'))
+    before = sorted(w.workdir.rglob("*"))
+    launches = w.two(command(text, w.workdir, *short, "--cluster.start-timeout-s", "20")[3:])
+    ends = several.finish([several.start([one.module, *one.words], one.place, text, 1) for one in launches], 60)
+    for end in ends:
+        assert end.status == 2, end.said
+        (error,) = [line for line in end.said.splitlines() if line.startswith("error: ")]
+        assert "embedding is float32[264, 32] by the config, the checkpoint holds float32[264, 64]" in error
+    assert [path for path in before if not path.exists()] == []
 
 
 def test_a_port_that_is_taken(text: Path, tmp_path: Path) -> None:
