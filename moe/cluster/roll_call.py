@@ -18,6 +18,8 @@ from moe.config import ConfigError
 _RETRY_S = 0.1
 _LINGER_S = 2.0
 """Seconds that a failed roll call is still answered: others may come a moment later, with the same mistake."""
+_SILENCE_S = 5.0
+"""Seconds that somebody who came is waited for; the others wait meanwhile."""
 _LINE_LIMIT = 1 << 22
 _SHOWN = 4
 
@@ -112,12 +114,10 @@ def _listen(place: Place, mine: dict[str, Any], timeout_s: float) -> dict[str, A
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(_open(place, deadline))
         while not _complete(place, hellos) and (left := deadline - time.monotonic()) > 0:
-            server.settimeout(left)
-            with contextlib.suppress(OSError, ValueError):  # who says nothing, or says nonsense, is none of ours
-                connection, _ = server.accept()
+            if (heard := _hear(server, left)) is not None:
+                hello, connection = heard
                 stack.enter_context(connection)
-                connection.settimeout(min(left, 5.0))
-                hellos.append(_hello(_read(connection)))
+                hellos.append(hello)
                 waiting.append(connection)
         verdict = _judge(place, hellos, timeout_s)
         for connection in waiting:
@@ -136,13 +136,22 @@ def _complete(place: Place, hellos: list[dict[str, Any]]) -> bool:
 def _linger(server: socket.socket, verdict: dict[str, Any]) -> None:
     end = time.monotonic() + _LINGER_S
     while (left := end - time.monotonic()) > 0:
-        server.settimeout(left)
-        with contextlib.suppress(OSError, ValueError):
-            connection, _ = server.accept()
-            with connection:
-                connection.settimeout(left)
-                _read(connection)
+        if (heard := _hear(server, left)) is not None:
+            with heard[1] as connection:
                 _answer(connection, verdict)
+
+
+def _hear(server: socket.socket, left: float) -> tuple[dict[str, Any], socket.socket] | None:
+    """The next one's hello, and where it waits for an answer; None if nobody came, or one who is none of ours."""
+    server.settimeout(left)
+    with contextlib.suppress(OSError):
+        connection, _ = server.accept()
+        try:
+            connection.settimeout(min(left, _SILENCE_S))
+            return _hello(_read(connection)), connection
+        except (OSError, ValueError):  # it said nothing, or nonsense
+            connection.close()
+    return None
 
 
 def _open(place: Place, deadline: float) -> socket.socket:
