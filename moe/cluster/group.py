@@ -22,6 +22,8 @@ from moe.config import ConfigError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+_LAST_S = 1.0
+"""Seconds that process 0 leaves the others, once they know the mistake, to say it and end."""
 
 
 def _no_facts(_: Any) -> Facts:
@@ -113,7 +115,7 @@ class Group:
                 _client().blocking_key_value_get(f"{key}/heard/{process}", left)
             except jax.errors.JaxRuntimeError:
                 log.warning("%s does not answer any more", self.name(process))
-        time.sleep(1)
+        time.sleep(_LAST_S)
 
     def _get(self, key: str, process: int, what: str) -> Mapping[str, Any]:
         try:
